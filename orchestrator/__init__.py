@@ -1,0 +1,1 @@
+"""Experiment orchestrator for PyTorch on Ray."""
