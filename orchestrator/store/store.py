@@ -1,0 +1,393 @@
+"""The only door to the database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from orchestrator.errors import IllegalTransition, NotFound, SchemaMismatch
+from orchestrator.records import Batch, RunSpec, RunStatus, RunTicket, Stream
+from orchestrator.store import lifecycle, reading, transaction
+from orchestrator.store.cleaning import clean_json, clean_text
+from orchestrator.store.connection import open_engine, parse, redacted, told
+from orchestrator.store.errors import SequenceGap, UnknownRun, Watermarks
+from orchestrator.store.locks import SessionLocks
+from orchestrator.store.schema import schema_status
+from orchestrator.store.transaction import RunIdentity
+from orchestrator.store.views import (
+    ArtifactRow,
+    AttemptRow,
+    ChangedRuns,
+    CheckpointRow,
+    ChunkRow,
+    EventRow,
+    ExperimentRow,
+    FactChanges,
+    FeedPosition,
+    NoteRow,
+    ParamRow,
+    Points,
+    RunDetail,
+    RunRow,
+    SinkCursor,
+    SummaryRow,
+)
+
+TRIES = 5
+"""Of a transaction that PostgreSQL ended because of another one."""
+
+
+class Store:
+    """Runs and everything known about them, in PostgreSQL.
+
+    Safe for threads; connects when it is first used, and again after the server was away. Every method is one
+    transaction (or reads one snapshot), so a crash leaves all or nothing of it. Raises ServiceUnavailable when the
+    server does not answer, SchemaMismatch when tables are missing, ConfigError for a URL that is none. `run` arguments
+    are ids, unless they are called `ref`. Of what it has read it remembers only what never changes: numbers of runs and
+    of metric keys; after a restore from a backup, open a new one.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 4) -> None:
+        self._url = parse(url)
+        self._engine = open_engine(self._url, pool_size)
+        self._locks = SessionLocks(self._engine)
+        self._runs: dict[str, RunIdentity] = {}
+        self._keys: dict[str, int] = {}
+
+    # -- the connection ------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """For people: without user and password."""
+        return redacted(self._url)
+
+    def close(self) -> None:
+        self._locks.close()
+        self._engine.dispose()
+
+    def check_schema(self) -> None:
+        """Raises SchemaMismatch when the database is older or newer than this code."""
+        with self._reading() as connection:
+            status = schema_status(connection)
+        if not status.is_current:
+            raise SchemaMismatch(status.found, status.head, status.is_newer)
+
+    def ping(self) -> tuple[str, float]:
+        """The server's version, and the seconds that one question takes."""
+        with self._reading() as connection:
+            connection.exec_driver_sql("SELECT 1")
+            asked = time.perf_counter()
+            version = connection.exec_driver_sql("SHOW server_version").scalar_one()
+            return version.split()[0], time.perf_counter() - asked
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------------
+
+    def open_attempt(self, spec: RunSpec, *, now: float, lease_seconds: float) -> RunTicket:
+        """A new run, or the next attempt of `spec.run`, as RUNNING. An attempt that had not ended becomes CRASHED."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return lifecycle.open_attempt(cursor, spec, now, lease_seconds)
+
+    def transition(
+        self, run: str, attempt: int, new: RunStatus, *, reason: str = "", error: Mapping[str, Any] | None = None,
+        user: str = "", now: float,
+    ) -> bool:  # fmt: skip
+        """Moves the run and its attempt. False: it was there already, or a later attempt decides now.
+
+        Raises IllegalTransition and NotFound.
+        """
+        with self._writing() as connection, connection.cursor() as cursor:
+            outcome, old = lifecycle.move(
+                cursor, run, attempt, new, reason=reason, error=error, user=user, at=lifecycle.when(now)
+            )
+        if outcome is lifecycle.Move.illegal:
+            raise IllegalTransition(run, old.value, new.value)
+        return outcome is lifecycle.Move.done
+
+    def renew_leases(self, leases: Mapping[tuple[str, int], float]) -> None:
+        """Until when each running attempt counts as alive; others are left alone."""
+        if not leases:
+            return
+        rows = sorted((run, attempt, lifecycle.when(until)) for (run, attempt), until in leases.items())
+        with self._writing() as connection:
+            connection.execute(
+                "UPDATE attempts a SET lease_until = new.until FROM unnest(%s::text[], %s::int[], %s::timestamptz[])"
+                " AS new(run_id, attempt, until) WHERE a.run_id = new.run_id AND a.attempt = new.attempt"
+                " AND a.ended_at IS NULL AND a.status = %s",
+                (*[list(column) for column in zip(*rows, strict=True)], RunStatus.running),
+            )
+
+    def expired(self, now: float) -> list[tuple[str, int]]:
+        """Current attempts whose lease has run out."""
+        return self._alive("AND a.lease_until < %s", lifecycle.when(now))
+
+    def running_attempts(self) -> list[tuple[str, int]]:
+        """Current attempts that run."""
+        return self._alive("AND a.status = %s", RunStatus.running)
+
+    def _alive(self, condition: str, value: Any) -> list[tuple[str, int]]:
+        with self._writing() as connection:
+            return connection.execute(
+                "SELECT a.run_id, a.attempt FROM attempts a JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt"
+                f" WHERE a.ended_at IS NULL {condition} ORDER BY r.number",
+                (value,),
+            ).fetchall()
+
+    def request_cancel(self, run: str, *, user: str, now: float) -> None:
+        """Asks the run to stop; the first one to ask is remembered. Raises NotFound."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            found = cursor.execute(
+                "SELECT attempt, cancel_requested_at FROM runs WHERE id = %s AND deleted_at IS NULL FOR UPDATE", (run,)
+            ).fetchone()
+            if found is None:
+                raise NotFound("run", run)
+            if found[1] is not None:
+                return
+            at = lifecycle.when(now)
+            cursor.execute(
+                "UPDATE runs SET cancel_requested_at = %s, cancel_requested_by = %s, updated_at = %s, updated_by = %s,"
+                " xid = pg_current_xact_id() WHERE id = %s",
+                (at, clean_text(user), at, clean_text(user), run),
+            )
+            lifecycle.add_event(
+                cursor,
+                run,
+                attempt=found[0],
+                at=at,
+                kind="cancel",
+                user=user,
+                message=f"stop requested by {user or 'somebody'}",
+            )
+
+    def cancel_requested(self, runs: Iterable[str]) -> set[str]:
+        """Which of them were asked to stop."""
+        with self._writing() as connection:
+            rows = connection.execute(
+                "SELECT id FROM runs WHERE id = ANY(%s) AND cancel_requested_at IS NOT NULL", (list(runs),)
+            )
+            return {row[0] for row in rows}
+
+    def set_link(self, run: str, name: str, value: Any, *, user: str = "") -> None:
+        """Where the same run is found elsewhere. Example: set_link(run, "mlflow", {"run_id": "…"}). Raises NotFound."""
+        with self._writing() as connection:
+            changed = connection.execute(
+                "UPDATE runs SET links = links || %s, updated_at = now(), updated_by = %s, xid = pg_current_xact_id()"
+                " WHERE id = %s",
+                (Jsonb({clean_text(name): clean_json(value)}), clean_text(user), run),
+            )
+            if changed.rowcount == 0:
+                raise NotFound("run", run)
+
+    # -- the exactly-once commit ---------------------------------------------------------------------------------------
+
+    def commit(self, batches: Sequence[Batch]) -> Watermarks:
+        """Stores what is new of the batches and gives the watermarks of their producers; see transaction.py.
+
+        May be called again with anything, in any order, by anybody. Batches of one producer and stream must follow
+        each other (and the watermark) without a gap: raises SequenceGap. Raises UnknownRun for runs that are not there.
+        In both cases the other producers' batches are committed.
+        """
+        sent = transaction.by_producer(batches)
+        unknown_runs = self._unknown_runs({batch.run for batch in batches})
+        orphans = [producer for producer, own in sent.items() if any(batch.run in unknown_runs for batch in own)]
+        for producer in orphans:
+            del sent[producer]
+        outcome = self._transact(sent) if sent else transaction.Outcome(watermarks={}, gaps=())
+        if outcome.gaps:
+            raise SequenceGap(outcome.gaps, outcome.watermarks)
+        if orphans:
+            raise UnknownRun(tuple(sorted(unknown_runs)), tuple(orphans), outcome.watermarks)
+        return outcome.watermarks
+
+    def _transact(self, sent: Mapping[str, Sequence[Batch]]) -> transaction.Outcome:
+        self._learn_keys(
+            name for own in sent.values() for batch in own if batch.stream is Stream.points
+            for name in transaction.names_of_keys(batch).values()
+        )  # fmt: skip
+        with self._writing() as connection:
+            for tries_left in reversed(range(TRIES)):
+                try:
+                    return transaction.transact(connection, sent, self._runs, self._keys)
+                except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
+                    connection.rollback()
+                    if not tries_left:
+                        raise
+        raise AssertionError("unreachable")
+
+    def _unknown_runs(self, runs: set[str]) -> set[str]:
+        unknown = runs - self._runs.keys()
+        if unknown:
+            with self._writing() as connection:
+                rows = connection.execute("SELECT id, number, who FROM runs WHERE id = ANY(%s)", (sorted(unknown),))
+                self._runs.update({row[0]: RunIdentity(number=row[1], user=row[2]) for row in rows})
+        return unknown - self._runs.keys()
+
+    def _learn_keys(self, names: Iterable[str]) -> None:
+        # In a transaction of its own: a long commit holds nobody up who has the same new keys, and keys of a commit
+        # that fails do no harm.
+        missing = sorted(set(names) - self._keys.keys())
+        if not missing:
+            return
+        known = "SELECT name, id FROM metric_keys WHERE name = ANY(%s)"
+        with self._writing() as connection:
+            self._keys.update(dict(connection.execute(known, (missing,)).fetchall()))
+            fresh = [name for name in missing if name not in self._keys]
+            if fresh:
+                connection.execute(
+                    "INSERT INTO metric_keys (name) SELECT unnest(%s::text[]) ON CONFLICT DO NOTHING", (fresh,)
+                )
+                learned = dict(connection.execute(known, (fresh,)).fetchall())
+                connection.commit()
+                self._keys.update(learned)
+
+    def watermarks(self, producers: Iterable[str]) -> Watermarks:
+        """What is committed of each stream; producers that never committed anything are left out."""
+        with self._writing() as connection:
+            rows = connection.execute(
+                "SELECT uuid, points, facts FROM producers WHERE uuid = ANY(%s)",
+                ([UUID(hex=producer) for producer in producers],),
+            )
+            return {
+                (row[0].hex, stream): mark
+                for row in rows
+                for stream, mark in ((Stream.points, row[1]), (Stream.facts, row[2]))
+            }
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def experiments(self, *, project: str | None = None) -> list[ExperimentRow]:
+        with self._reading() as connection:
+            return reading.experiments(connection, project)
+
+    def runs(
+        self, *, experiment: str | None = None, project: str | None = None, status: RunStatus | None = None,
+        tags: Mapping[str, str] | None = None, search: str | None = None, limit: int = 50, offset: int = 0,
+    ) -> list[RunRow]:  # fmt: skip
+        """Newest first. `search` is part of a name or the beginning of an id."""
+        with self._reading() as connection:
+            ids = None if experiment is None else reading.experiment_ids(connection, experiment)
+            return reading.runs(connection, reading.runs_query(ids, project, status, tags, search, limit, offset))
+
+    def run(self, ref: str) -> RunDetail:
+        """By id, name or the beginning of an id. Raises NotFound and AmbiguousName."""
+        with self._reading() as connection:
+            return reading.run(connection, ref)
+
+    def attempts(self, run: str) -> list[AttemptRow]:
+        with self._reading() as connection:
+            return reading.attempts(connection, run)
+
+    def params(self, run: str) -> list[ParamRow]:
+        with self._reading() as connection:
+            return reading.params(connection, run)
+
+    def tags(self, run: str) -> dict[str, str]:
+        with self._reading() as connection:
+            return reading.tags_of(connection, [run]).get(run, {})
+
+    def notes(self, run: str) -> list[NoteRow]:
+        with self._reading() as connection:
+            return reading.notes(connection, run)
+
+    def events(self, run: str, *, after: int = 0, limit: int = 1000) -> list[EventRow]:
+        """Oldest first, from the one behind the id `after`."""
+        with self._reading() as connection:
+            return reading.events(connection, run, after, limit)
+
+    def checkpoints(self, run: str) -> list[CheckpointRow]:
+        with self._reading() as connection:
+            return reading.checkpoints(connection, run)
+
+    def artifacts(self, run: str) -> list[ArtifactRow]:
+        with self._reading() as connection:
+            return reading.artifacts(connection, run)
+
+    def summaries(self, run: str) -> list[SummaryRow]:
+        """One per key and rank, by name."""
+        return self.summaries_of([run])
+
+    def summaries_of(self, runs: Sequence[str], *, keys: Sequence[str] | None = None) -> list[SummaryRow]:
+        """The same for several runs at once."""
+        with self._reading() as connection:
+            return reading.summaries(connection, runs, keys)
+
+    def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
+        """All points of a key, exactly as logged; empty when there are none. Raises NotFound for the run."""
+        number = self._number(run)
+        with self._writing() as connection:
+            return reading.points(connection, number, key, rank, attempt)
+
+    # -- the feed for sinks --------------------------------------------------------------------------------------------
+
+    def changed_runs(self, after: int = 0) -> ChangedRuns:
+        """Runs of which anything was committed since the cursor `after`; once too often at times, never too seldom."""
+        with self._reading() as connection:
+            return reading.changed_runs(connection, after)
+
+    def chunks_after(self, run: str, position: FeedPosition = FeedPosition(), *, limit: int = 1000) -> list[ChunkRow]:  # noqa: B008
+        """The next chunks in the feed's order; each comes once when the position of the last one is passed next."""
+        number = self._number(run)
+        with self._writing() as connection:
+            return reading.chunks_after(connection, number, position, limit)
+
+    def facts_after(self, run: str, cursor: int = 0) -> FactChanges:
+        """What was written about the run since; the same may come again after later changes."""
+        with self._reading() as connection:
+            return reading.facts_after(connection, run, cursor)
+
+    def cursor(self, sink: str, run: str = "") -> SinkCursor:
+        """How far the sink is with this run; without a run, with the list of changed runs."""
+        with self._reading() as connection:
+            return reading.sink_cursor(connection, sink, run)
+
+    def save_cursor(self, sink: str, run: str, cursor: SinkCursor) -> None:
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO sink_cursors (sink, run_id, xid, id, facts, state) VALUES (%s, %s, %s, %s, %s, %s)"
+                " ON CONFLICT (sink, run_id) DO UPDATE SET xid = excluded.xid, id = excluded.id,"
+                " facts = excluded.facts, state = excluded.state, updated_at = now()",
+                (sink, run, cursor.position.xid, cursor.position.id, cursor.facts, Jsonb(clean_json(cursor.state))),
+            )
+
+    def try_lock(self, sink: str) -> bool:
+        """True when this store holds the sink's lock. A lost connection gives it away: ask each time."""
+        with told(self._url):
+            return self._locks.take(f"orc.sink.{sink}")
+
+    def unlock(self, sink: str) -> None:
+        self._locks.give_back(f"orc.sink.{sink}")
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _number(self, run: str) -> int:
+        if self._unknown_runs({run}):
+            raise NotFound("run", run)
+        return self._runs[run].number
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        """One snapshot for all questions asked through it."""
+        with told(self._url), self._engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[psycopg.Connection[Any]]:
+        """A psycopg connection in a transaction that is committed at the end: COPY, savepoints and locks in one."""
+        with told(self._url):
+            pooled = self._engine.raw_connection()
+            connection: Any = pooled.driver_connection
+            try:
+                yield connection
+                connection.commit()
+            except BaseException:
+                if connection.closed:
+                    pooled.invalidate()
+                raise
+            finally:
+                pooled.close()

@@ -1,0 +1,270 @@
+"""What reading the store gives: frozen values. Times are seconds since 1970; None means "not yet" or "not said"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from orchestrator.records import RunStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentRow:
+    """An experiment and how its runs stand."""
+
+    name: str
+    project: str
+    description: str
+    user: str
+    created: float
+    runs: int
+    active: int
+    """Runs that are in no terminal state."""
+    last_run: float | None
+    """When its newest run was created."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """One line of a list of runs."""
+
+    run: str
+    name: str
+    experiment: str
+    project: str
+    user: str
+    status: RunStatus
+    reason: str
+    """Why it has this status, in words; empty when there is nothing to say."""
+    attempt: int
+    """Number of the current attempt, 0 before the first."""
+    workers: int
+    job: str
+    sweep: str
+    created: float
+    started: float | None
+    """Start of the first attempt."""
+    ended: float | None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def duration(self, now: float) -> float | None:
+        """Seconds from the first start to the end (or to `now` while it has not ended)."""
+        return None if self.started is None else (self.ended if self.ended is not None else now) - self.started
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDetail(RunRow):
+    """Everything about a run that fits in one row. Lists (params, events, …) have methods of their own."""
+
+    description: str
+    directory: str
+    config: Mapping[str, Any]
+    """The whole resolved config of the current attempt."""
+    config_hash: str
+    seed: int
+    model: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    error: Mapping[str, Any] | None
+    cancel_requested: float | None
+    cancel_requested_by: str
+    parents: Mapping[str, str]
+    """Run id -> kind of edge (parent, fork, resume, pipeline)."""
+    links: Mapping[str, Any]
+    """Where the same run is found elsewhere, by sink; what `Store.set_link` stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRow:
+    run: str
+    attempt: int
+    status: RunStatus
+    reason: str
+    error: Mapping[str, Any] | None
+    user: str
+    job: str
+    workers: int
+    config_hash: str
+    started: float
+    ended: float | None
+    lease_until: float | None
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamRow:
+    name: str
+    type: str
+    """int, float, bool, str, null, list or dict."""
+    value: Any
+    """NaN and ±inf come back as floats when `type` is float."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoteRow:
+    at: float
+    user: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryRow:
+    """All points of one key and rank, of all attempts. `minimum` and `maximum` ignore NaN, `mean` ignores ±inf, too."""
+
+    run: str
+    key: str
+    rank: int
+    unit: str
+    direction: str
+    """min, max or empty: which values are better."""
+    reduction: str
+    count: int
+    nan_count: int
+    inf_count: int
+    first: float
+    first_step: int
+    first_time: float
+    last: float
+    """The latest written point of the highest attempt."""
+    last_step: int
+    last_time: float
+    last_attempt: int
+    minimum: float | None
+    min_step: int | None
+    maximum: float | None
+    max_step: int | None
+    mean: float | None
+
+    @property
+    def best(self) -> float | None:
+        """The best value under the declared direction; None when none was declared."""
+        return {"min": self.minimum, "max": self.maximum}.get(self.direction)
+
+    @property
+    def best_step(self) -> int | None:
+        return {"min": self.min_step, "max": self.max_step}.get(self.direction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    id: int
+    run: str
+    attempt: int
+    rank: int
+    at: float
+    level: str
+    """debug, info, warning or error."""
+    kind: str
+    message: str
+    step: int | None
+    user: str
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    run: str
+    id: str
+    attempt: int
+    uri: str
+    state: str
+    step: int | None
+    epoch: int | None
+    label: str
+    metrics: Mapping[str, Any]
+    is_best: bool
+    """It was the best one when it was saved."""
+    is_pinned: bool
+    size_bytes: int | None
+    duration: float | None
+    manifest_sha256: str
+    cipher: str
+    key_id: str
+    created: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRow:
+    run: str
+    name: str
+    attempt: int
+    uri: str
+    media_type: str
+    size_bytes: int | None
+    sha256: str
+    step: int | None
+    created: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Points:
+    """Points of one key in order of attempt, rank and writing. Six arrays of one length."""
+
+    steps: np.ndarray
+    """int64"""
+    times: np.ndarray
+    """float64, seconds since 1970, in milliseconds' precision"""
+    values: np.ndarray
+    """float64, bit for bit what was logged"""
+    ranks: np.ndarray
+    """int32"""
+    attempts: np.ndarray
+    """int32"""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class FeedPosition:
+    """A place in a run's feed of chunks: everything up to here was seen. The default is the beginning."""
+
+    xid: int = 0
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChunkRow:
+    """Consecutive points of one key, attempt and rank, as the feed for sinks gives them."""
+
+    key: str
+    attempt: int
+    rank: int
+    steps: np.ndarray
+    times: np.ndarray
+    values: np.ndarray
+    position: FeedPosition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactChanges:
+    """What of a run's facts was written since a facts cursor; `cursor` is the one to pass next time."""
+
+    run: RunDetail
+    params: tuple[ParamRow, ...]
+    tags: Mapping[str, str]
+    notes: tuple[NoteRow, ...]
+    checkpoints: tuple[CheckpointRow, ...]
+    artifacts: tuple[ArtifactRow, ...]
+    attempts: tuple[AttemptRow, ...]
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangedRuns:
+    """Runs in which anything was written since a cursor; `cursor` is the one to pass next time."""
+
+    runs: tuple[str, ...]
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkCursor:
+    """How far a sink has come with one run, and what it needs to remember about it. The default is the beginning."""
+
+    position: FeedPosition = FeedPosition()
+    facts: int = 0
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """Anything JSON of the sink's own, the id of the mirrored run for example."""

@@ -1,0 +1,198 @@
+"""From nothing to the newest schema, to a file and back."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+
+from cluster.postgres import EmbeddedPostgres
+from orchestrator.backends import postgres as server_of
+from orchestrator.errors import ConfigError, SchemaMismatch, ServiceUnavailable
+from orchestrator.records import TRANSITIONS, Batch, FactKind, RunSpec, RunStatus, Stream
+from orchestrator.store import migrate
+from orchestrator.store.store import Store
+from orchestrator.store.tables import HEAD, VERSION_TABLE, metadata
+from orchestrator.store.views import FeedPosition, SinkCursor
+from tests.plugins.producers import NOW, Producer, fact, series
+
+
+def execute(url: str, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    with psycopg.connect(server_of.conninfo(url), autocommit=True) as connection:
+        cursor = connection.execute(statement, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+@pytest.mark.filterwarnings("ignore:Did not recognize type 'xid8'")
+def test_an_empty_database_is_brought_to_the_head(database_url: str) -> None:
+    assert migrate.status(database_url).found == ""
+    store = Store(database_url)
+    with pytest.raises(SchemaMismatch, match="orc db upgrade"):
+        store.check_schema()
+    with pytest.raises(SchemaMismatch, match="orc db upgrade"):
+        store.runs()
+    assert migrate.upgrade(database_url).is_current
+    assert migrate.upgrade(database_url).is_current
+    store.check_schema()
+    assert store.runs() == []
+    store.close()
+    with create_engine(database_url).connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    moves = execute(database_url, "SELECT old_status, new_status FROM run_transitions")
+    assert set(moves) == {(old.value, new.value) for old, allowed in TRANSITIONS.items() for new in allowed}
+
+
+def test_a_newer_schema_is_refused(database_url: str) -> None:
+    migrate.upgrade(database_url)
+    execute(database_url, f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    store = Store(database_url)
+    with pytest.raises(SchemaMismatch, match="newer version") as error:
+        store.check_schema()
+    store.close()
+    assert (error.value.found, error.value.expected) == ("9999", HEAD)
+    with pytest.raises(SchemaMismatch, match="newer version"):
+        migrate.upgrade(database_url)
+    assert migrate.status(database_url).is_newer
+
+
+def test_two_processes_that_migrate_at_once_do_no_harm(database_url: str) -> None:
+    command = "import sys; from orchestrator.store import migrate; print(migrate.upgrade(sys.argv[1]).is_current)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", command, database_url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out.strip()) == (0, b"True"), err.decode()
+
+
+def test_an_old_server_and_missing_rights_are_named(database_url: str, role: str) -> None:
+    limited = f"{database_url}&options=-crole%3D{role}"
+    with pytest.raises(ConfigError, match="GRANT CREATE"):
+        migrate.upgrade(limited)
+    with pytest.raises(ConfigError, match="only PostgreSQL"):
+        migrate.upgrade("sqlite:///x.db")
+    with pytest.raises(ServiceUnavailable, match="does not exist"):
+        migrate.status(server_of.with_database(database_url, "no_such_database"))
+
+
+@pytest.fixture
+def role(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """A role without any special rights."""
+    name, admin = f"r{uuid.uuid4().hex[:8]}", postgres.url("postgres")
+    execute(admin, f"CREATE ROLE {name} NOSUPERUSER NOCREATEDB NOCREATEROLE")
+    yield name
+    for (database,) in execute(
+        admin, "SELECT datname FROM pg_database JOIN pg_roles r ON datdba = r.oid WHERE rolname = %s", name
+    ):
+        server_of.drop_database(admin, database)
+    execute(admin, f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def owned(postgres: EmbeddedPostgres, role: str) -> tuple[str, str]:
+    """URLs of two databases of that role, used with its rights only."""
+    urls = []
+    for _ in range(2):
+        name = f"t{uuid.uuid4().hex[:12]}"
+        execute(postgres.url("postgres"), f"CREATE DATABASE {name} OWNER {role}")
+        urls.append(f"{postgres.url(name)}&options=-crole%3D{role}")
+    return urls[0], urls[1]
+
+
+def filled(url: str) -> tuple[Store, Producer, list[Batch]]:
+    store = Store(url)
+    ticket = store.open_attempt(RunSpec(experiment="digits", params={"lr": 0.1}), now=NOW, lease_seconds=30)
+    producer = Producer(ticket)
+    batches = [producer.points(series(10, start)) for start in (0, 10)]
+    for batch in batches:
+        store.commit([batch])
+    return store, producer, batches
+
+
+def test_a_backup_brings_everything_back_without_superuser_rights(owned: tuple[str, str], tmp_path: Path) -> None:
+    url, other = owned
+    migrate.upgrade(url)
+    store, producer, batches = filled(url)
+    run = producer.ticket.run
+    # As if the old server had seen far more transactions than the new one will: a sink has two of four chunks.
+    execute(url, "UPDATE metric_chunks SET xid = (xid::text::bigint + 1000000000)::text::xid8")
+    chunks = store.chunks_after(run) or None
+    assert chunks is None, "chunks from the future are held back"
+    (position,) = execute(url, "SELECT xid::text::bigint, id FROM metric_chunks ORDER BY xid, id OFFSET 1 LIMIT 1")
+    seen = SinkCursor(position=FeedPosition(xid=position[0], id=position[1]), facts=5, state={"run_id": "m"})
+    store.save_cursor("mlflow", run, seen)
+
+    written = migrate.backup(url, tmp_path / "orc.dump")
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [written]
+    assert migrate.restore(other, written).is_current
+
+    restored = Store(other)
+    restored.check_schema()
+    assert restored.run(run) == store.run(run)
+    assert restored.params(run) == store.params(run)
+    assert restored.summaries(run) == store.summaries(run)
+    assert restored.points(run, "train/loss").values.tolist() == store.points(run, "train/loss").values.tolist()
+    cursor = restored.cursor("mlflow", run)
+    assert (cursor.state, cursor.facts) == ({"run_id": "m"}, 0)
+    assert [chunk.steps[0] for chunk in restored.chunks_after(run, cursor.position)] == [10, 11]
+    assert restored.commit(batches)[producer.id, Stream.points] == 20
+    restored.commit([producer.points(series(1, 20)), producer.facts(fact(FactKind.status, status="FINISHED"))])
+    assert [chunk.steps[0] for chunk in restored.chunks_after(run, cursor.position)] == [10, 11, 20]
+    assert restored.run(run).status is RunStatus.finished
+    assert (
+        restored.open_attempt(RunSpec(experiment="digits"), now=NOW, lease_seconds=30).name not in producer.ticket.name
+    )
+    restored.close()
+
+    with pytest.raises(migrate.BackupError, match="not empty"):
+        migrate.restore(other, written)
+    migrate.restore(other, written, force=True)
+    restored = Store(other)
+    assert restored.run(run).status is RunStatus.running
+    restored.close()
+    store.close()
+
+
+def test_a_restore_that_fails_leaves_the_database_as_it_was(schema_url: str, database_url: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.dump"
+    broken.write_bytes(migrate.backup(schema_url, tmp_path / "orc.dump").read_bytes()[:-3000])
+    with pytest.raises(migrate.BackupError, match="Restore from"):
+        migrate.restore(database_url, broken)
+    assert migrate.status(database_url).found == ""
+    (tmp_path / "text").write_text("no dump")
+    for wrong in ("text", "missing"):
+        with pytest.raises(migrate.BackupError, match=wrong):
+            migrate.restore(database_url, tmp_path / wrong)
+    with pytest.raises(migrate.BackupError, match="no tables of ours"):
+        migrate.backup(database_url, tmp_path / "x")
+    with pytest.raises(migrate.BackupError, match="no directory"):
+        migrate.backup(schema_url, tmp_path / "a" / "x")
+
+
+def test_the_password_is_in_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schema_url: str) -> None:
+    arguments, environments = [], []
+
+    def run(command: list[str], **options: Any) -> Any:
+        arguments.extend(command)
+        environments.append(options["env"])
+        return subprocess.CompletedProcess(command, 1, "", "pg_dump: error: password geheim is wrong")
+
+    monkeypatch.setattr(migrate.subprocess, "run", run)
+    with pytest.raises(migrate.BackupError) as error:
+        migrate.backup(schema_url.replace("orc@", "orc:geheim@"), tmp_path / "x")
+    assert "geheim" not in " ".join(arguments) + str(error.value)
+    assert environments[0]["PGPASSWORD"] == "geheim"
+    assert list(tmp_path.iterdir()) == []
