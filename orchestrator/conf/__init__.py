@@ -1,0 +1,1 @@
+"""Our configuration groups, as yaml. A package, so that Hydra finds them as pkg://orchestrator.conf; see README.md."""

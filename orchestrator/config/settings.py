@@ -1,0 +1,223 @@
+"""Every key of ours, with its default, meaning and bounds. Values only: nothing here reads a file or an environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from orchestrator.config.typed import bounded
+from orchestrator.errors import ConfigError
+
+
+class Enabled(StrEnum):
+    """Whether an integration is used."""
+
+    auto = "auto"
+    """Used where it is there; where it is missing, one warning."""
+    true = "true"
+    """Missing is an error."""
+    false = "false"
+
+
+class Placement(StrEnum):
+    """How workers are spread over nodes; Ray's placement strategies."""
+
+    pack = "pack"
+    """On as few nodes as possible."""
+    spread = "spread"
+    """On as many nodes as possible."""
+    strict_pack = "strict_pack"
+    """All on one node."""
+    strict_spread = "strict_spread"
+    """Each on a node of its own."""
+
+
+class Direction(StrEnum):
+    """Which end of a metric is the better one."""
+
+    min = "min"
+    max = "max"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What the run is called and belongs to."""
+
+    experiment: str = "default"
+    """The experiment that groups this run with others."""
+    name: str = ""
+    """Empty: one is made up."""
+    description: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
+    project: str = "default"
+    user: str = ""
+    """Who is acting. Empty: the account that submits."""
+    seed: int = bounded(0, minimum=0, maximum=2**32 - 1)
+    """Root seed; every rank's seeds are derived from it."""
+    resume: str = ""
+    """Id or name of a run to continue as its next attempt. Empty: a new run."""
+
+
+@dataclass(kw_only=True)
+class ResourcesConfig:
+    """What one run asks of the cluster."""
+
+    workers: int = bounded(2, minimum=1)
+    """Training processes, one DDP rank each."""
+    cpus_per_worker: float = bounded(1.0, above=0)
+    """Logical CPUs, as Ray counts them; may be a fraction."""
+    gpus_per_worker: float = bounded(0.0, minimum=0)
+    """A fraction of one, or whole GPUs."""
+    memory_gb_per_worker: float = bounded(0.0, minimum=0)
+    """10^9 bytes that Ray sets aside for each worker; 0: none."""
+    placement: Placement = Placement.pack
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_worker > 1 and not float(self.gpus_per_worker).is_integer():
+            near = max(1, round(self.gpus_per_worker))
+            why = "must be whole when it is more than one: Ray gives no worker one and a half GPUs."
+            raise ConfigError(
+                "resources.gpus_per_worker",
+                self.gpus_per_worker,
+                why,
+                f"The nearest is resources.gpus_per_worker={near}.",
+            )
+
+
+@dataclass(kw_only=True)
+class StorageConfig:
+    """Where run directories (checkpoints, artifacts, copies of the record) live."""
+
+    url: str = field(default="", repr=False)
+    """A local path or a URL (file, s3, gs, abfs, hdfs). Empty: `runs/` in the data directory."""
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """How metrics and signs of life travel."""
+
+    heartbeat: float = bounded(2.0, above=0, maximum=60)
+    """Seconds between two signs of life of a run."""
+    lease: float = bounded(15.0, above=0)
+    """Seconds of silence after which a run counts as crashed; at least three heartbeats."""
+    flush_timeout: float = bounded(30.0, minimum=0)
+    """Seconds that the end of a run waits until everything logged is accepted."""
+    spool_mb: int = bounded(1024, minimum=1)
+    """2^20 bytes that the spool of one process may hold until they are committed."""
+
+    def __post_init__(self) -> None:
+        if self.lease < 3 * self.heartbeat:
+            why = f"must be at least three heartbeats ({self.heartbeat:g} s each), or a single late one ends the run."
+            raise ConfigError(
+                "tracking.lease", self.lease, why, f"The nearest is tracking.lease={3 * self.heartbeat:g}."
+            )
+
+
+@dataclass(kw_only=True)
+class CheckpointsConfig:
+    """When the training state is saved and what is kept. The triggers are independent: whichever comes first saves."""
+
+    every_steps: int = bounded(0, minimum=0)
+    """0: not by steps."""
+    every_epochs: int = bounded(1, minimum=0)
+    """0: not by epochs."""
+    every_minutes: float = bounded(15.0, minimum=0)
+    """0: not by time."""
+    on_stop: bool = True
+    """Save before the run ends because it was asked to."""
+    at_end: bool = True
+    """Save when the train function returns, if there were steps since the last checkpoint."""
+    keep_last: int = bounded(3, minimum=0)
+    """The newest that are kept; 0: all."""
+    keep_best: int = bounded(1, minimum=0)
+    """The best by `best_metric` that are kept besides."""
+    best_metric: str = ""
+    """Key of a reported metric. Empty: none is called best."""
+    best_direction: Direction = Direction.max
+
+
+@dataclass(kw_only=True)
+class DatabaseConfig:
+    """The PostgreSQL server that keeps the record."""
+
+    url: str = field(default="", repr=False)
+    """`postgresql://USER@HOST/DB`, PostgreSQL 15 or later. Empty: the embedded server that `orc up` starts."""
+
+
+@dataclass(kw_only=True)
+class MlflowConfig:
+    """The MLflow mirror."""
+
+    enabled: Enabled = Enabled.auto
+    tracking_uri: str = field(default="", repr=False)
+    """An existing MLflow server or store. Empty: the server that `orc up` starts."""
+    port: int = bounded(0, minimum=0, maximum=65535)
+    """Port of the server that `orc up` starts; 0: a free one."""
+    experiment_prefix: str = ""
+    """Put before the experiment's name in MLflow."""
+
+
+@dataclass(kw_only=True)
+class RayConfig:
+    """The Ray cluster that runs the work."""
+
+    enabled: Enabled = Enabled.auto
+    address: str = ""
+    """`HOST:PORT` of an existing cluster. Empty: the head that `orc up` starts."""
+    port: int = bounded(0, minimum=0, maximum=65535)
+    """Port of the head that `orc up` starts; 0: a free one."""
+    dashboard_port: int = bounded(0, minimum=0, maximum=65535)
+    """Port of its dashboard and job server; 0: a free one."""
+    num_cpus: int = bounded(0, minimum=0)
+    """Logical CPUs of the head that `orc up` starts; 0: as many as the machine has."""
+
+
+@dataclass(kw_only=True)
+class FailuresConfig:
+    """What happens when training dies."""
+
+    max_restarts: int = bounded(0, minimum=-1)
+    """Further attempts after a failure; -1: without limit."""
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """All keys of ours. Everything else in a configuration belongs to the user's train function."""
+
+    train: str = ""
+    """`module:function` of the train function."""
+    run: RunConfig = field(default_factory=RunConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    database: DatabaseConfig = field(default_factory=DatabaseConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    failures: FailuresConfig = field(default_factory=FailuresConfig)
+    preset: dict[str, bool] = field(default_factory=dict)
+    """Names of the presets that were applied. Only a record: choose them with `preset=NAME` or `preset=[A,B]`."""
+    environment: str = "local"
+    """Name of the environment that was chosen with `environment=NAME`."""
+
+
+OURS = tuple(field.name for field in dataclasses.fields(Settings))
+"""The top-level keys that a user's part cannot have."""
+
+RESERVED = ("experiment", "hydra", "defaults")
+"""Top-level names that are no keys: they choose an experiment file or belong to Hydra."""
+
+NOT_WORK = (
+    *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume"),
+    *("storage", "database", "mlflow", "ray", "preset", "environment"),
+)
+"""Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash."""
+
+NOT_INHERITED = (
+    *("run.name", "run.notes", "run.user", "run.resume"),
+    *("storage", "database", "mlflow.tracking_uri", "mlflow.port", "environment"),
+    *("ray.address", "ray.port", "ray.dashboard_port", "ray.num_cpus"),
+)
+"""What a run based on a stored configuration takes from its own surroundings instead."""
