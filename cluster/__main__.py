@@ -1,0 +1,160 @@
+"""`python -m cluster up|down|status|doctor [--home DIR] [--json] [--debug] [key=value …]`: what `orc` runs for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.progress import Progress
+from orchestrator.errors import ConfigError, UserError
+from orchestrator.stack import Stack, StackSettings, default_home
+
+OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+GREEN, RED, DIM, PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parsed(argv)
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        return VERBS[arguments.verb](arguments)
+    except UserError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"orc: {error}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}, indent=2))
+        return USER_ERROR
+    except Exception as error:  # the border of the process: a defect of ours, shown as one
+        if arguments.debug:
+            raise
+        print(
+            f"orc: unexpected {type(error).__name__}: {error}\nThis is a defect. `--debug` shows the traceback.",
+            file=sys.stderr,
+        )
+        return FAILED
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cluster", allow_abbrev=False)
+    parser.add_argument("verb", choices=list(VERBS))
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--home", type=lambda text: Path(text).expanduser().absolute(), default=default_home())
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_intermixed_args(argv)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Ends at once: every verb may be killed at any point, and waiting for threads that wait helps nobody."""
+    if sys.stdout.isatty():
+        print("\033[?25h", end="", flush=True)  # the spinner hides the cursor
+    print(
+        "\norc: interrupted; what was started stays, `orc up` goes on and `orc down` ends it",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(INTERRUPTED)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from cluster import stack_status
+    from cluster.stack_up import up
+
+    progress = _progress(arguments)
+    stack = up(arguments.home, StackSettings.parse(arguments.settings), progress)
+    if arguments.json:
+        found = stack_status.parts(stack)
+        print(json.dumps(stack_status.document(stack, found), indent=2))
+        return OK if stack_status.is_up(found) else FAILED
+    return OK
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from cluster.stack_down import down
+
+    _no_settings(arguments)
+    stopped = down(arguments.home, _progress(arguments))
+    if arguments.json:
+        print(json.dumps({"home": str(arguments.home), "stopped": stopped}, indent=2))
+    elif not stopped:
+        print(f"nothing runs in {arguments.home}")
+    return OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from cluster import stack_status
+
+    _no_settings(arguments)
+    stack = Stack.find(arguments.home)
+    if stack is None:
+        why = "Nothing was started there yet. Run `orc up`."
+        if arguments.json:
+            print(json.dumps({"home": str(arguments.home), "up": False, "why": why, "parts": []}, indent=2))
+        else:
+            print(f"{arguments.home}: {why}")
+        return FAILED
+    found = stack_status.parts(stack)
+    if arguments.json:
+        print(json.dumps(stack_status.document(stack, found), indent=2))
+    else:
+        rows = [
+            (part.name, part.status, part.version, "" if part.latency_ms is None else f"{part.latency_ms:.1f} ms",
+             " ".join(filter(None, [part.address, part.why])))
+            for part in found
+        ]  # fmt: skip
+        _table(("part", "status", "version", "latency", "where"), rows)
+    return OK if stack_status.is_up(found) else FAILED
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cluster import stack_doctor
+
+    _no_settings(arguments)
+    found = stack_doctor.examine(arguments.home)
+    is_well = all(finding.is_ok for finding in found)
+    if arguments.json:
+        print(json.dumps({"home": str(arguments.home), "ok": is_well, "checks": [asdict(f) for f in found]}, indent=2))
+        return OK if is_well else FAILED
+    _table(("", "check", "found"), [("ok" if f.is_ok else "problem", f.check, f.says) for f in found])
+    for finding in found:
+        if not finding.is_ok:
+            print(f"\n{finding.check}: {finding.says}\n  mend it: {finding.mend}")
+    return OK if is_well else FAILED
+
+
+def _progress(arguments: argparse.Namespace) -> Progress:
+    """Lines about the progress are the result for people; beside a JSON document they go to stderr."""
+    return Progress(sys.stderr if arguments.json else sys.stdout)
+
+
+def _no_settings(arguments: argparse.Namespace) -> None:
+    if arguments.settings:
+        why = f"`{arguments.verb}` takes no settings."
+        raise ConfigError(arguments.settings[0], None, why, "`orc up` does.")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [list(heads), *cells]) for column in range(len(heads))]
+    coloured = sys.stdout.isatty()
+    colours = {"up": GREEN, "ok": GREEN, "down": RED, "problem": RED, "off": DIM}
+    for row in [list(heads), *cells]:
+        padded = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        if coloured:
+            padded = [f"{colours[c]}{p}{PLAIN}" if c in colours else p for c, p in zip(row, padded, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+VERBS = {"up": _up, "down": _down, "status": _status, "doctor": _doctor}
+
+if __name__ == "__main__":
+    sys.exit(main())

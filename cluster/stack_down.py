@@ -1,0 +1,56 @@
+"""`down`: stops what this data directory started, in the reverse order, and nothing else. All data stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from cluster import mlflow_server, processes, ray_head
+from cluster.postgres import EmbeddedPostgres
+from cluster.progress import Progress
+from cluster.stack_up import locked
+from orchestrator.stack import Stack
+
+
+def down(home: Path, progress: Progress) -> list[str]:
+    """Returns the names of the parts that ran and are stopped now. Raises UserError."""
+    if not (home / "up.lock").exists():
+        return []
+    stopped: list[str] = []
+    with locked(home, progress):
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            ran = [
+                pool.submit(_stop, name, stop, home, progress)
+                for name, stop in (("Ray", ray_head.stop), ("MLflow", _mlflow))
+            ]
+            stopped += [name for name in (future.result() for future in ran) if name]
+        # Last, because both write into it to the end.
+        stopped += filter(None, [_stop("PostgreSQL", _postgres, home, progress)])
+        stack = Stack.find(home)
+        if stack:
+            replace(stack, services={}).save()
+    return stopped
+
+
+def _stop(name: str, stop: Callable[[Path], bool], home: Path, progress: Progress) -> str:
+    """The name, if there was something to stop."""
+    with progress.step(name, doing="stopping") as step:
+        if not stop(home):
+            return ""
+        step.result = "stopped"
+    return name
+
+
+def _mlflow(home: Path) -> bool:
+    found = mlflow_server.leftovers(home)
+    processes.stop(found, grace=5)
+    return bool(found)
+
+
+def _postgres(home: Path) -> bool:
+    server = EmbeddedPostgres(home / "postgres")
+    was_up = server.directory.exists() and server.pid != 0
+    server.stop()
+    return was_up

@@ -1,0 +1,172 @@
+"""`status`: each part of a stack, up or why not."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import ports, ray_head, web
+from orchestrator.backends import postgres
+from orchestrator.config import redact_url
+from orchestrator.errors import SchemaMismatch, ServiceUnavailable
+from orchestrator.stack import Stack
+from orchestrator.store import migrate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part as it was found. Example: Part(name="postgres", status="up", version="18.1", latency_ms=0.4)."""
+
+    name: str
+    status: str
+    """up, down, or off (not wanted)."""
+    version: str = ""
+    address: str = ""
+    latency_ms: float | None = None
+    why: str = ""
+
+
+def parts(stack: Stack) -> list[Part]:
+    """All parts, asked at the same time."""
+    asked: list[Callable[[Stack], list[Part]]] = [database, mlflow, ray]
+    with ThreadPoolExecutor(max_workers=len(asked)) as pool:
+        return [part for answer in pool.map(lambda ask: ask(stack), asked) for part in answer]
+
+
+def document(stack: Stack, found: list[Part]) -> dict[str, Any]:
+    """What `status --json` prints."""
+    return {
+        "home": stack.home,
+        "up": is_up(found),
+        "storage": redact_url(stack.storage_url),
+        "parts": [asdict(part) for part in found],
+    }
+
+
+def is_up(found: list[Part]) -> bool:
+    return bool(found) and all(part.status != "down" for part in found)
+
+
+def database(stack: Stack) -> list[Part]:
+    if not stack.database_url:
+        return [Part(name="postgres", status="down", why="It was never started.")]
+    where = postgres.address(stack.database_url)
+    try:
+        server = postgres.probe(stack.database_url)
+    except ServiceUnavailable as error:
+        return [
+            Part(name="postgres", status="down", address=where, why=error.why),
+            Part(name="schema", status="down", address=where, why="The database is down."),
+        ]
+    return [
+        Part(
+            name="postgres", status="up", version=server.version, address=where, latency_ms=round(server.latency_ms, 2)
+        ),
+        schema(stack.database_url),
+    ]
+
+
+def schema(url: str) -> Part:
+    """Our tables, and whether this code understands them."""
+    where = postgres.address(url)
+    asked = time.perf_counter()
+    try:
+        found = migrate.status(url)
+    except ServiceUnavailable as error:
+        return Part(name="schema", status="down", address=where, why=error.why)
+    if not found.is_current:
+        return Part(name="schema", status="down", version=found.found, address=where, why=schema_mismatch(found))
+    latency_ms = round((time.perf_counter() - asked) * 1000, 2)
+    return Part(name="schema", status="up", version=found.found, address=where, latency_ms=latency_ms)
+
+
+def schema_mismatch(found: migrate.SchemaStatus) -> str:
+    return str(SchemaMismatch(found.found, found.head, newer=found.is_newer))
+
+
+def mlflow(stack: Stack) -> list[Part]:
+    uri = stack.mlflow_uri
+    shown = redact_url(uri)
+    if not uri:
+        return [Part(name="mlflow", status="off", why="Switched off, or not installed.")]
+    if uri.startswith("sqlite:"):
+        return [_sqlite(uri, shown)]
+    if not uri.startswith("http"):
+        return [Part(name="mlflow", status="up", address=shown, why="Not asked: no server of this kind can be.")]
+    health = web.get(f"{uri.rstrip('/')}/health")
+    if not health.ok:
+        why = health.body if health.status == 0 else f"HTTP {health.status}"
+        return [Part(name="mlflow", status="down", address=shown, why=f"No answer: {why}.")]
+    version = web.get(f"{uri.rstrip('/')}/version")
+    return [
+        Part(
+            name="mlflow",
+            status="up",
+            version=version.body.strip() if version.ok else "",
+            address=shown,
+            latency_ms=round(health.latency_ms, 2),
+        )  # fmt: skip
+    ]
+
+
+def _sqlite(uri: str, shown: str) -> Part:
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not file.exists():
+        return Part(
+            name="mlflow",
+            status="down",
+            address=shown,
+            why="There is no such file yet; MLflow makes it when first used.",
+        )
+    asked = time.perf_counter()
+    try:
+        connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=2)
+        try:
+            row = connection.execute("select version_num from alembic_version").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        return Part(name="mlflow", status="down", address=shown, why=f"{error}.")
+    latency_ms = round((time.perf_counter() - asked) * 1000, 2)
+    return Part(
+        name="mlflow", status="up", version=f"schema {row[0]}" if row else "", address=shown, latency_ms=latency_ms
+    )
+
+
+def ray(stack: Stack) -> list[Part]:
+    if not stack.ray_address:
+        return [Part(name="ray", status="off", why="Switched off, or not installed.")]
+    try:
+        head = ray_head.probe(stack.ray_dashboard, stack.ray_token_path)
+    except ServiceUnavailable as error:
+        return [
+            Part(name="ray", status="down", address=stack.ray_address, why=error.why),
+            *[Part(name=name, status="down", why="Ray is down.") for name in stack.services.get("names", ())],
+        ]
+    host, _, port = stack.ray_address.rpartition(":")
+    if not ports.answers(int(port), host):
+        return [Part(name="ray", status="down", address=stack.ray_address, why="Its control store does not listen.")]
+    latency_ms = round(head.latency_ms, 2)
+    found = [
+        Part(name="ray", status="up", version=head.version, address=stack.ray_address, latency_ms=latency_ms),
+        Part(name="dashboard", status="up", version=head.version, address=stack.ray_dashboard, latency_ms=latency_ms),
+    ]
+    return found + _services(stack)
+
+
+def _services(stack: Stack) -> list[Part]:
+    names = stack.services.get("names", ())
+    if not names:
+        return [Part(name="services", status="down", why="They were not started on this cluster. Run `orc up`.")]
+    states = ray_head.services(stack.ray_dashboard, stack.ray_token_path)
+    return [
+        Part(name=name, status="up", address=stack.ray_address)
+        if states.get(name) == "ALIVE"
+        else Part(name=name, status="down", address=stack.ray_address, why=f"{states.get(name, 'GONE')}. Run `orc up`.")
+        for name in names
+    ]

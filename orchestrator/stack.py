@@ -1,0 +1,294 @@
+"""The stack of one data directory: what is asked of it (`StackSettings`) and what it is (`Stack`, the file stack.json).
+
+`cluster/` writes the file when it starts or stops something; everybody else only reads where things are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError, ServiceUnavailable
+
+PROTOCOL = 1
+HOME_VARIABLE = "ORC_HOME"
+EMBEDDED = "embedded"
+"""Value of a URL setting that means: start one of our own, whatever was used before."""
+
+SCHEMES = ("postgresql+psycopg://", "postgresql://", "postgres://")
+
+
+def default_home() -> Path:
+    """ORC_HOME, else ~/.orc."""
+    return Path(os.environ.get(HOME_VARIABLE) or "~/.orc").expanduser().absolute()
+
+
+# -- what is asked for
+
+
+@dataclass(kw_only=True)
+class DatabaseSettings:
+    url: str = ""
+    """postgresql://…, an existing server; `embedded`, one of our own; empty, as the last time, at first embedded."""
+
+
+@dataclass(kw_only=True)
+class MlflowSettings:
+    enabled: str = "auto"
+    """auto: if it is installed. true: missing is an error. false: no mirror."""
+    tracking_uri: str = ""
+    """http(s)://… or sqlite:///…, used instead of a server of our own; empty and `embedded` as with the database."""
+    port: int = 0
+    """0: 5000 or the next free one."""
+
+
+@dataclass(kw_only=True)
+class RaySettings:
+    enabled: str = "auto"
+    address: str = ""
+    """host:port of an existing cluster's head; empty and `embedded` as with the database."""
+    port: int = 0
+    """0: 6379 or the next free one."""
+    dashboard_port: int = 0
+    """0: 8265 or the next free one."""
+    num_cpus: int = 0
+    """How many CPUs Ray may hand out; 0: what the machine (or container) has."""
+
+
+@dataclass(kw_only=True)
+class StorageSettings:
+    url: str = ""
+    """Where run directories live, a path or URL; empty: as the last time, at first `runs` in the data directory."""
+
+
+@dataclass(kw_only=True)
+class TrackingSettings:
+    spool_dir: str = ""
+    """Where each node keeps what was logged and is not in PostgreSQL yet: a local disk. Empty: as the last time, at
+    first `spools` in the data directory."""
+
+
+@dataclass(kw_only=True)
+class StackSettings:
+    """Everything that `up` can be told."""
+
+    database: DatabaseSettings = field(default_factory=DatabaseSettings)
+    mlflow: MlflowSettings = field(default_factory=MlflowSettings)
+    ray: RaySettings = field(default_factory=RaySettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    @classmethod
+    def parse(cls, overrides: Iterable[str]) -> StackSettings:
+        """From `key=value` words. Example: StackSettings.parse(["ray.num_cpus=4", "mlflow.enabled=false"])."""
+        given: dict[str, str] = {}
+        for word in overrides:
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise ConfigError(word, None, "is not of the form key=value.", f"Keys: {', '.join(_keys())}.")
+            given[key] = _interpolated(key, value)
+        return cls.from_mapping(given)
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> StackSettings:
+        """From dotted keys; refuses unknown keys and values that cannot be meant."""
+        settings = cls()
+        for key, value in given.items():
+            if key not in _keys():
+                near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+                hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_keys())}."
+                raise ConfigError(key, value, "is no setting of the stack.", hint)
+            group, name = key.split(".")
+            section = getattr(settings, group)
+            setattr(section, name, _checked(key, value, type(getattr(section, name))))
+        return settings
+
+
+def _keys() -> list[str]:
+    return [f"{group}.{name}" for group, section in vars(StackSettings()).items() for name in vars(section)]
+
+
+def _interpolated(key: str, value: str) -> str:
+    """`${oc.env:NAME}` and `${oc.env:NAME,default}`, so that a password need not be typed into a command line."""
+
+    def variable(match: re.Match[str]) -> str:
+        name, comma, default = match[1].partition(",")
+        found = os.environ.get(name, default if comma else None)
+        if found is None:
+            raise ConfigError(key, value, f"the environment variable {name} is not set.")
+        return found
+
+    return re.sub(r"\$\{oc\.env:([^}]+)\}", variable, value)
+
+
+def _checked(key: str, value: Any, kind: type) -> Any:
+    text = str(value).strip()
+    if kind is int:
+        if text.lower() in ("auto", "", "none", "null"):
+            return 0
+        if not text.isdigit():
+            raise ConfigError(key, value, "is no whole number.", "Leave it out, or write auto, to have one chosen.")
+        if key.endswith("port") and int(text) > 65535:
+            raise ConfigError(key, value, "is no port.", "Ports go from 1 to 65535; auto chooses a free one.")
+        return int(text)
+    if key.endswith(".enabled"):
+        if text.lower() not in ("auto", "true", "false"):
+            raise ConfigError(key, value, "is neither auto, true nor false.")
+        return text.lower()
+    if text.lower() in ("none", "null"):
+        return ""
+    if text == EMBEDDED:
+        return text
+    if key == "database.url" and text:
+        scheme = next((s for s in SCHEMES if text.startswith(s)), None)
+        if scheme is None:
+            shown = text.split("://")[0] + "://…" if "://" in text else text
+            raise ConfigError(
+                key, shown, "is no PostgreSQL URL.", "Write postgresql://user:password@host:5432/database, or embedded."
+            )
+        return SCHEMES[0] + text[len(scheme) :]
+    if key == "mlflow.tracking_uri" and text and not re.match(r"(https?|sqlite|databricks|uc)(:|$)", text):
+        hint = "Write http://host:5000, sqlite:////path/mlflow.db, or embedded."
+        raise ConfigError(key, value, "is no tracking URI.", hint)
+    if key == "ray.address" and text and not re.fullmatch(r"[^/\s]+:\d+", text):
+        hint = "Give the address of the cluster's head, such as 10.0.0.1:6379, or embedded."
+        raise ConfigError(key, value, "is no host:port.", hint)
+    return text
+
+
+# -- what there is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Where the parts of one data directory are. Frozen; read it again to see what changed."""
+
+    home: str
+    database_url: str = field(default="", repr=False)  # may hold a password
+    mlflow_uri: str = field(default="", repr=False)
+    """Empty: no MLflow."""
+    mlflow_artifacts: str = ""
+    ray_address: str = ""
+    """Empty: no Ray."""
+    ray_dashboard: str = ""
+    ray_token_path: str = ""
+    """Empty: not our cluster, authentication is the environment's business."""
+    storage_url: str = ""
+    spool_directory: str = ""
+    processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What was started here: name (postgres, mlflow, ray) -> pid, started (psutil's create_time), port, command …"""
+    services: Mapping[str, Any] = field(default_factory=dict)
+    """The actors that were started on Ray, and with which settings."""
+    external: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Settings that point to somebody else's servers, so that the next `up` knows them: dotted key -> value."""
+    protocol: int = PROTOCOL
+
+    @classmethod
+    def find(cls, home: Path | str | None = None) -> Stack | None:
+        """The stack of that data directory, None if nothing was ever started there."""
+        home = Path(home).expanduser().absolute() if home else default_home()
+        file = home / "stack.json"
+        try:
+            raw = json.loads(file.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ServiceUnavailable(
+                "stack",
+                str(home),
+                f"{error.strerror}: {file}.",
+                "Use a directory of your own: `--home DIR` or ORC_HOME.",
+            ) from error
+        except ValueError as error:
+            raise ServiceUnavailable(
+                "stack", str(home), f"{file} is damaged ({error}).", f"Remove it and run `orc up`: rm {file}"
+            ) from error
+        if raw.get("protocol") != PROTOCOL:
+            raise ServiceUnavailable(
+                "stack", str(home), f"{file} has protocol {raw.get('protocol')}, this version speaks {PROTOCOL}.",
+                "Use the version that started it.",
+            )  # fmt: skip
+        known = {f.name for f in fields(cls)}
+        return cls(**{**{name: value for name, value in raw.items() if name in known}, "home": str(home)})
+
+    @classmethod
+    def load(cls, home: Path | str | None = None) -> Stack:
+        """Like `find`, but nothing there is an error."""
+        stack = cls.find(home)
+        if stack is None:
+            where = Path(home).absolute() if home else default_home()
+            raise ServiceUnavailable("stack", str(where), "nothing was started there yet.", "Run `orc up`.")
+        return stack
+
+    def save(self) -> None:
+        """Replaces the file as a whole; only its owner can read it."""
+        file = Path(self.home) / "stack.json"
+        fresh = file.with_name(f".stack.json.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as out:
+            json.dump(asdict(self), out, indent=2)
+            out.write("\n")
+            out.flush()
+            os.fsync(descriptor)
+        fresh.rename(file)
+
+    @property
+    def owns_ray(self) -> bool:
+        """Whether the Ray head is one that we started (with a token of ours, on loopback)."""
+        return bool(self.ray_token_path)
+
+    def client_environment(self) -> dict[str, str]:
+        """What a process needs in its environment, before it imports ray or mlflow, to reach this stack.
+
+        Update os.environ (or a subprocess' env) with it. Values that must not be set are empty strings, which Ray and
+        MLflow read as not set.
+        """
+        environment = {
+            HOME_VARIABLE: self.home,
+            # Our submissions, clusters and servers are none of an upstream's business.
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+            # Ray Train looks at its workers every 2 s by default, and each report waits for that look.
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            # What a rank prints goes to its log once; Ray Train would log each print a second time.
+            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            # Workers stay where they are until ours takes them to the user's directory.
+            "RAY_CHDIR_TO_TRIAL_DIR": "0",
+            **_without_proxy(),
+        }
+        if self.ray_address:
+            environment["RAY_ADDRESS"] = self.ray_address  # ray.init()
+        if self.ray_dashboard:
+            environment["RAY_API_SERVER_ADDRESS"] = self.ray_dashboard  # ray job submit
+        if self.owns_ray:
+            environment |= {
+                # Job clients over http never switch authentication on by themselves.
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": self.ray_token_path,
+                "RAY_AUTH_TOKEN": "",  # would win over the path
+                # Ray's way of saying: one node, bind and connect to 127.0.0.1. By default it rewrites 127.0.0.1 to the
+                # host's address and listens everywhere. Head and clients must agree.
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                # A single machine is not preempted; this saves one actor per run.
+                "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            }
+        if self.mlflow_uri:
+            environment["MLFLOW_TRACKING_URI"] = self.mlflow_uri
+        return environment
+
+
+def _without_proxy() -> dict[str, str]:
+    """A proxy for the internet must not be asked for our own servers on loopback."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") and os.environ[name] for name in os.environ):
+        return {}
+    exceptions = [part for part in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",") if part]
+    wanted = ",".join(dict.fromkeys([*exceptions, "127.0.0.1", "localhost"]))
+    return {"no_proxy": wanted, "NO_PROXY": wanted}

@@ -1,0 +1,88 @@
+"""Which processes and ports are ours."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import environment, ports, processes
+from orchestrator.errors import ConfigError
+
+SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path) -> Iterator[psutil.Process]:
+    process = processes.start_detached(SLEEPER, {environment.PART_VARIABLE: "/h:test"}, tmp_path / "log", tmp_path)
+    yield process
+    processes.stop([process], grace=5)
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+def test_a_started_process_has_nothing_of_our_terminal(sleeper: psutil.Process) -> None:
+    assert os.getsid(sleeper.pid) == sleeper.pid != os.getsid(0)
+
+
+def test_a_process_is_recognised_by_its_record_and_by_its_mark(sleeper: psutil.Process) -> None:
+    assert processes.recorded(processes.record(sleeper)) == sleeper
+    assert processes.marked("/h:test") == [sleeper]
+    assert processes.marked("/h:other") == []
+
+
+def test_another_process_with_the_same_number_is_not_ours(sleeper: psutil.Process) -> None:
+    entry = processes.record(sleeper)
+    assert processes.recorded({**entry, "started": entry["started"] - 100}) is None
+
+
+def test_stopping_ends_what_ignores_sigterm(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    stubborn = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    assert stubborn.stdout is not None
+    assert stubborn.stdout.readline() == b"ready\n"
+    processes.stop([psutil.Process(stubborn.pid)], grace=0.1)
+    assert not psutil.pid_exists(stubborn.pid)
+
+
+def test_this_process_never_counts_as_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from cluster import processes; print(processes.marked('/h:self'))"
+    variables = os.environ | {environment.PART_VARIABLE: "/h:self"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    ).stdout
+    assert said == "[]\n"
+
+
+def test_a_taken_port_is_refused_with_its_owner(listener: int) -> None:
+    with pytest.raises(ConfigError, match=rf"mlflow.port = {listener}: .* taken by .*\(pid {os.getpid()}") as refused:
+        ports.choose("mlflow.port", listener, 5000, set())
+    assert "auto" in str(refused.value)
+
+
+def test_without_a_wish_the_next_free_port_is_chosen(listener: int) -> None:
+    taken: set[int] = set()
+    port = ports.choose("mlflow.port", 0, listener, taken)
+    assert port != listener
+    assert ports.is_free(port)
+    assert taken == {port}
+    assert ports.choose("ray.port", 0, port, taken) != port
+
+
+def test_the_same_port_twice_is_refused() -> None:
+    taken: set[int] = set()
+    port = ports.anywhere(taken)
+    with pytest.raises(ConfigError, match="another part of this stack"):
+        ports.choose("ray.port", port, 1, taken)
