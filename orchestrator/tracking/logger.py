@@ -1,0 +1,236 @@
+"""What happens when a training process calls `log()`: values become float64, keys become numbers, a record is stored
+in memory.
+
+No I/O call, no lock, no thread, no network. Everything else is done by the node's agent (`shipper.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import BadMetric
+from orchestrator.records import MAX_KEY_BYTES, Fact
+from orchestrator.tracking.spool import Owner, SpoolWriter
+
+_INT64 = 1 << 63
+_PENDING_LIMIT = 256
+
+
+class Logger:
+    """Records points and facts of one rank of one attempt.
+
+    Promises: `log` returns after a memory write; what it was given survives SIGKILL of this process. A value that
+    cannot be
+    recorded raises BadMetric naming the key, after the rest of the mapping was recorded. May be called from any
+    thread and from
+    forked children: each gets a spool (and a producer id) of its own.
+    """
+
+    def __init__(self, root: Path, *, run: str, attempt: int, rank: int, max_bytes: int = 1 << 30) -> None:
+        self._root, self._max_bytes = root, max_bytes
+        self._identity = (run, attempt, rank)
+        self._spool = self._new_spool()
+        self._thread = threading.get_ident()
+        self._others = threading.local()
+        self._all = [self._spool]
+        self._pending: list[tuple[int, int, float, Any]] = []
+        self.step = 0
+        """The step of the next `log` that gives none; it then counts up by one."""
+        _loggers.add(self)
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        now = time.time()
+        if step is None:
+            step = self.step
+            self.step = step + 1
+        elif type(step) is not int:
+            step = _as_step(step)
+        if not -_INT64 <= step < _INT64:
+            raise BadMetric("step", f"{step} does not fit 64 bits")
+        spool = self._spool if threading.get_ident() == self._thread else self._own_spool()
+        bad: BadMetric | None = None
+        for key, value in metrics.items():
+            try:
+                index = spool._keys[key]
+            except KeyError:
+                try:
+                    index = spool.key_index(_checked_key(key))
+                except BadMetric as error:
+                    bad = bad or error
+                    continue
+            if type(value) is not float:
+                try:
+                    value = self._number(key, value, index, step, now)
+                except BadMetric as error:
+                    bad = bad or error
+                    continue
+                if value is None:
+                    continue
+            spool.append(index, step, now, value)
+        if bad is not None:
+            raise bad
+
+    def fact(self, fact: Fact) -> None:
+        spool = self._spool if threading.get_ident() == self._thread else self._own_spool()
+        spool.append_fact(fact)
+
+    def stop_requested(self) -> bool:
+        return self._spool.stop_requested
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until everything logged is accepted by the tracker; False if that took longer than `timeout`."""
+        return self._wait(SpoolWriter.is_accepted, timeout)
+
+    def wait_committed(self, timeout: float) -> bool:
+        """Like `flush`, until everything is in a PostgreSQL commit."""
+        return self._wait(SpoolWriter.is_committed, timeout)
+
+    def close(self) -> None:
+        self._resolve()
+        for spool in self._all:
+            spool.close()
+        _loggers.discard(self)
+
+    # -- threads and forks
+    # -------------------------------------------------------------------------------------------------
+
+    def _own_spool(self) -> SpoolWriter:
+        spool: SpoolWriter | None = getattr(self._others, "spool", None)
+        if spool is None:
+            spool = self._others.spool = self._new_spool()
+            self._all.append(spool)
+        return spool
+
+    def _new_spool(self) -> SpoolWriter:
+        run, attempt, rank = self._identity
+        owner = Owner(run=run, attempt=attempt, rank=rank, pid=os.getpid(), host=socket.gethostname())
+        return SpoolWriter(self._root, owner, max_bytes=self._max_bytes)
+
+    def _after_fork(self) -> None:
+        # The child shares the parent's mapping: writing there would tear its points. It starts a spool when it first
+        # logs.
+        for spool in self._all:
+            spool.abandon_after_fork()
+        self._thread = -1
+        self._others = threading.local()
+        self._all = []
+        self._pending = []
+
+    # -- values
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _number(self, key: str, value: Any, index: int, step: int, now: float) -> float | None:
+        """`value` as float64; None when it will be resolved later (a tensor on an accelerator)."""
+        kind = type(value)
+        if kind is int or kind is bool:
+            return _exact_float(key, value)
+        device = getattr(value, "device", None)
+        if getattr(device, "type", "cpu") != "cpu" and hasattr(value, "detach"):
+            if value.numel() != 1:
+                raise BadMetric(key, f"is a tensor of shape {tuple(value.shape)}; log a scalar, e.g. its mean()")
+            # A copy on the device's own queue: no synchronisation now, and later in-place changes do not matter.
+            self._pending.append((index, step, now, value.detach().reshape(()).clone()))
+            if len(self._pending) >= _PENDING_LIMIT:
+                self._resolve()
+            return None
+        shape = getattr(value, "shape", ())
+        if len(shape) and math.prod(shape) != 1:
+            raise BadMetric(key, f"is an array of shape {tuple(shape)}; log a scalar, e.g. its mean()")
+        if hasattr(value, "detach"):
+            value = value.detach()
+        if hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, bool | int):
+            return _exact_float(key, value)
+        if value is None or isinstance(value, complex | str | bytes):
+            raise BadMetric(key, f"is {_shown(value)}; a metric is a number (text belongs into run.params or run.tags)")
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadMetric(key, f"is {_shown(value)}, which is no number") from error
+
+    def _resolve(self) -> None:
+        """Points whose value was on an accelerator: one stack, one transfer."""
+        if not self._pending:
+            return
+        import torch
+
+        pending, self._pending = self._pending, []
+        values = torch.stack([tensor.double() for *_, tensor in pending]).cpu().tolist()
+        for (index, step, when, _), value in zip(pending, values, strict=True):
+            self._spool.append(index, step, when, value)
+
+    def _wait(self, reached: Any, timeout: float) -> bool:
+        self._resolve()
+        deadline = time.monotonic() + timeout
+        while not all(reached(spool) for spool in self._all):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+_loggers: weakref.WeakSet[Logger] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for logger in list(_loggers):
+        logger._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _checked_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise BadMetric(repr(key)[:80], f"a metric key is a string, not {type(key).__name__}")
+    if not key:
+        raise BadMetric(key, "a metric key cannot be empty")
+    if "\0" in key:
+        raise BadMetric(key.replace("\0", "\\0")[:80], "a metric key cannot contain NUL")
+    try:
+        size_bytes = len(key.encode())
+    except UnicodeEncodeError as error:
+        raise BadMetric(ascii(key)[:80], "is no valid Unicode text") from error
+    if size_bytes > MAX_KEY_BYTES:
+        raise BadMetric(key[:40] + "…", f"has {size_bytes:,} bytes; a key has at most {MAX_KEY_BYTES}")
+    return key
+
+
+def _exact_float(key: str, value: int) -> float:
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise BadMetric(key, f"is an integer of {value.bit_length()} bits; float64 cannot hold it") from error
+    if int(number) != value:
+        raise BadMetric(key, f"{value} cannot be stored exactly; log float(x) if rounding is fine")
+    return number
+
+
+def _as_step(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError:
+        pass
+    item = getattr(step, "item", None)
+    if item is not None and getattr(step, "ndim", 0) == 0:
+        step = item()
+    if isinstance(step, float) and step.is_integer():
+        return int(step)
+    if isinstance(step, int):
+        return step
+    raise BadMetric("step", f"is {_shown(step)}; a step is a whole number")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:60]}… ({type(value).__name__})" if len(text) > 60 else f"{text} ({type(value).__name__})"

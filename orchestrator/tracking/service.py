@@ -1,0 +1,297 @@
+"""The tracker: takes numbered batches, makes them durable, acknowledges, commits; knows which runs are alive.
+
+A plain class that one process runs (`actors/tracker.py` in a cluster). All state that matters is in its log and in
+PostgreSQL: it may
+be killed and started again at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.errors import ServiceUnavailable, UserError
+from orchestrator.records import Ack, BadFrame, Batch, FactKind, RunSpec, RunStatus, RunTicket, Stream
+from orchestrator.store import open_store
+from orchestrator.store.errors import Gap
+from orchestrator.tracking.committer import Committer, Watermarks
+from orchestrator.tracking.delivery import Verdict, admit
+from orchestrator.tracking.leases import AttemptId, Leases
+from orchestrator.tracking.live import LiveValues
+from orchestrator.tracking.wal import WriteAheadLog
+
+logger = logging.getLogger(__name__)
+
+
+class TrackerService:
+    """Methods may be called from many threads; none but `open_run` and `cancel` needs PostgreSQL to be up.
+
+    `start` runs the committer and the leases in threads of their own; without it, call `commit_step` and `lease_step`.
+    """
+
+    def __init__(
+        self,
+        log_directory: str | os.PathLike[str],
+        database_url: str,
+        *,
+        spool_directory: str = "",
+        lease: float = 15.0,
+        clock: Clock | None = None,
+        exit: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        self._exit = exit
+        self._log = WriteAheadLog(Path(log_directory))
+        self._store = open_store(database_url)
+        self._spool_directory = spool_directory
+        self._ingest_lock = threading.Lock()
+        self._accepted: dict[tuple[str, Stream], int] = {}
+        self._committed: dict[tuple[str, Stream], int] = {}
+        self._leases = Leases(lease)
+        self._leases_loaded = False
+        self._stopping: set[str] = set()
+        self._live = LiveValues()
+        self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap)
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._refused = 0
+        self._recover()
+
+    # -- life
+    # --------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        for name, step, pause in (("committer", self.commit_step, 0.02), ("leases", self.lease_step, 1.0)):
+            thread = threading.Thread(target=self._repeat, args=(name, step, pause), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._log.close()
+        self._store.close()
+
+    def _repeat(self, name: str, step: Callable[[], bool], pause: float) -> None:
+        while not self._stopped.is_set():
+            try:
+                moved = step()
+            except Exception:
+                # A defect must not end the loop: what is accepted stays in the log and is tried again.
+                logger.exception("the tracker's %s failed; trying again", name)
+                moved, wait = False, 1.0
+            else:
+                wait = pause if not self._committer.failure else max(pause, 0.5)
+            if not moved:
+                self._stopped.wait(wait)
+
+    def _recover(self) -> None:
+        """Everything still in the log counts as accepted."""
+        for _, frame in self._log.read(self._log.start(), 1 << 62):
+            try:
+                batch = Batch.decode(frame)
+            except BadFrame:
+                continue
+            key = (batch.producer, batch.stream)
+            known = self._accepted.get(key, batch.first - 1)
+            # After a hole only what is before it counts: the producer sends the rest again.
+            if batch.first <= known + 1:
+                self._accepted[key] = max(known, batch.last)
+
+    # -- batches
+    # -----------------------------------------------------------------------------------------------------------
+
+    def push(self, frames: Sequence[bytes]) -> list[Ack]:
+        """Takes encoded batches. When it returns, everything acknowledged as accepted is fsynced.
+
+        A batch that leaves a gap is refused: the ack's `accepted` tells from where to send again. Bytes that are no
+        batch are
+        counted and left out. A disk that cannot sync ends the process: its pages' state is unknown.
+        """
+        batches = []
+        for frame in frames:
+            try:
+                batches.append(Batch.decode(frame))
+            except BadFrame as error:
+                self._refused += 1
+                logger.error("refused a batch: %s", error)
+        with self._ingest_lock:
+            taken = self._accept(batches)
+        for batch in taken:
+            self._watch(batch)
+        return [ack for batch in batches if (ack := self._ack(batch.producer, batch.stream, batch.run)) is not None]
+
+    def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
+        """Where each (producer, run, attempt) stands, both streams."""
+        with self._ingest_lock:
+            self._learn([producer for producer, _, _ in producers])
+        acks = [self._ack(producer, stream, run) for producer, run, _ in producers for stream in Stream]
+        return [ack for ack in acks if ack is not None]
+
+    def _accept(self, batches: Sequence[Batch]) -> list[Batch]:
+        taken: list[Batch] = []
+        before = {(b.producer, b.stream): self._known(b.producer, b.stream) for b in batches}
+        accepted = dict(before)
+        try:
+            for batch in batches:
+                key = (batch.producer, batch.stream)
+                known = accepted[key]
+                if known is None:
+                    continue
+                decision = admit(batch, known)
+                if decision.verdict is Verdict.accept and decision.batch is not None:
+                    self._log.append(decision.batch.encode())
+                    accepted[key] = decision.batch.last
+                    taken.append(decision.batch)
+        except OSError as error:
+            # Most likely a full disk. Nothing of this call counts; the producers keep it and come again.
+            logger.error("the tracker's log cannot be written (%s); nothing is acknowledged until it can", error)
+            self._log.discard_unsynced()
+            return []
+        if taken:
+            try:
+                self._log.sync()
+            except OSError as error:
+                logger.critical("the tracker's log cannot be synced (%s); exiting", error)
+                self._exit(1)
+                raise
+            self._accepted.update({key: seq for key, seq in accepted.items() if seq is not None})
+        return taken
+
+    def _learn(self, producers: Sequence[str]) -> None:
+        """Asks the database about producers that this process has not seen commit yet (new ones, or all after a
+        restart).
+        """
+        unknown = [producer for producer in producers if (producer, Stream.points) not in self._committed]
+        if not unknown:
+            return
+        try:
+            stored = self._store.watermarks(unknown)
+        except UserError:
+            return
+        for producer in unknown:
+            for stream in Stream:
+                key = (producer, stream)
+                self._committed[key] = stored.get(key, 0)
+                # A log that was lost or cut counts for nothing against what is committed, and the other way round.
+                self._accepted[key] = max(self._accepted.get(key, 0), self._committed[key])
+
+    def _known(self, producer: str, stream: Stream) -> int | None:
+        """What is accepted of a stream; None while that cannot be known (a new producer and no database)."""
+        self._learn([producer])
+        return self._accepted.get((producer, stream))
+
+    def _ack(self, producer: str, stream: Stream, run: str) -> Ack | None:
+        key = (producer, stream)
+        accepted = self._accepted.get(key)
+        if accepted is None:
+            return None
+        committed = min(self._committed.get(key, 0), accepted)
+        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=run in self._stopping)
+
+    def _watch(self, batch: Batch) -> None:
+        if batch.stream is Stream.points:
+            self._live.take(batch)
+            return
+        for fact in batch.facts():
+            if fact.kind is FactKind.status and RunStatus(fact.data["status"]).is_terminal:
+                self._leases.end((batch.run, batch.attempt))
+
+    def _on_commit(self, watermarks: Watermarks) -> None:
+        self._committed.update(watermarks)
+
+    def _on_gap(self, gaps: Sequence[Gap]) -> None:
+        with self._ingest_lock:
+            for gap in gaps:
+                self._accepted[gap.producer, gap.stream] = gap.expected - 1
+
+    def commit_step(self) -> bool:
+        """Moves the next piece of the log into PostgreSQL. False if there is nothing to do, or no database."""
+        return self._committer.step()
+
+    # -- runs
+    # --------------------------------------------------------------------------------------------------------------
+
+    def open_run(self, spec: RunSpec) -> RunTicket:
+        """Creates the run, or its next attempt. Raises ServiceUnavailable, NotFound, IllegalTransition."""
+        ticket = self._store.open_attempt(spec, now=self._clock.now(), lease_seconds=spec.lease)
+        self._stopping.discard(ticket.run)
+        self._leases.begin((ticket.run, ticket.attempt), self._clock.monotonic(), spec.lease)
+        return ticket
+
+    def heartbeat(self, run: str, attempt: int) -> bool:
+        """The attempt's driver is alive. True if the run should stop."""
+        if self._leases.holds((run, attempt)):
+            self._leases.renew((run, attempt), self._clock.monotonic())
+        return run in self._stopping
+
+    def cancel(self, run: str, user: str = "") -> None:
+        """Asks a run to stop: its ranks learn of it with the next acknowledgement, the driver with its heartbeat."""
+        self._stopping.add(run)
+        self._store.request_cancel(run, user=user, now=self._clock.now())
+
+    def lease_step(self) -> bool:
+        """Ends attempts that gave no sign of life, and looks for requests to stop. Always False: it waits between two
+        looks.
+        """
+        now = self._clock.monotonic()
+        try:
+            if not self._leases_loaded:
+                for run, attempt in self._store.running_attempts():
+                    if not self._leases.holds((run, attempt)):
+                        self._leases.begin((run, attempt), now)
+                self._leases_loaded = True
+            running = {run for run, _ in self._leases.remaining(now)}
+            if running:
+                self._stopping |= self._store.cancel_requested(sorted(running))
+            for silent in self._leases.expired(now):
+                self._crash(silent)
+        except ServiceUnavailable:
+            # Verdicts wait for the database; nothing else does.
+            return False
+        return False
+
+    def _crash(self, attempt: AttemptId) -> None:
+        run, number = attempt
+        reason = (
+            f"no sign of life from its driver for {self._leases.length(attempt):.0f} s: the driver or its host is gone"
+        )
+        try:
+            self._store.transition(run, number, RunStatus.crashed, reason=reason, now=self._clock.now())
+            logger.warning("run %s attempt %d is CRASHED: %s", run, number, reason)
+        except ServiceUnavailable:
+            raise
+        except UserError as error:
+            logger.info("run %s attempt %d had ended already: %s", run, number, error)
+        self._leases.end(attempt)
+
+    def live(self, run: str) -> dict[str, Any]:
+        """Newest values of a run; see LiveValues.of."""
+        return self._live.of(run)
+
+    # -- about itself
+    # ------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What others need to know: where spools are, which process this is."""
+        return {"pid": os.getpid(), "spool_directory": self._spool_directory}
+
+    def health(self) -> Mapping[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "running": len(self._leases.remaining(0.0)),
+            "producers": len({producer for producer, _ in self._accepted}),
+            "log_bytes": self._log.size_bytes(),
+            "lag_bytes": self._committer.lag_bytes,
+            "database": self._committer.failure or "ok",
+            "refused_batches": self._refused,
+            "log_damaged_bytes": self._log.damaged_bytes,
+            "position": asdict(self._log.synced),
+        }

@@ -1,0 +1,143 @@
+"""Ships the spools of one node to the tracker: those of living producers as they grow, those of dead ones to the end.
+
+Run by the node agent, which outlives the trainers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.records import Ack, Batch, Stream
+from orchestrator.tracking.spool import SpoolReader, SpoolUnusable, prepare_root, spools
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    def push(self, frames: Sequence[bytes]) -> list[Ack]:
+        """Gives encoded batches; returns when they are accepted. Raises ConnectionError or TimeoutError."""
+        ...
+
+    def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
+        """Where the tracker stands with (producer, run, attempt), without sending anything."""
+        ...
+
+
+class Shipper:
+    """One per node. `step` sends what is new once; `run` repeats it.
+
+    A batch is sent again until it is acknowledged; the tracker drops what it has. A spool is removed when its
+    producer is dead and
+    everything in it is committed.
+    """
+
+    PAUSE = 0.05
+    """Seconds between looks at the spools."""
+    ROUND_BYTES = 8 << 20
+
+    def __init__(self, root: Path, tracker: Tracker, clock: Clock | None = None) -> None:
+        prepare_root(root)
+        self._root, self._tracker, self._clock = root, tracker, clock or SystemClock()
+        self._readers: dict[str, SpoolReader] = {}
+        self._unusable: set[str] = set()
+        self._stop = threading.Event()
+        self._asked = 0.0
+        self.failures = 0
+        """Pushes in a row that failed."""
+        self.shipped = 0
+
+    def run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                moved = self.step()
+            except Exception:
+                # The loop is the last line: a defect in one round must not end shipping for the node.
+                logger.exception("shipping failed; trying again")
+                moved = False
+            if not moved:
+                self._stop.wait(self.PAUSE if self.failures == 0 else min(0.2 * 2 ** min(self.failures, 5), 5.0))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def step(self) -> bool:
+        """One round. True if there may be more to send at once."""
+        self._discover()
+        batches = self._collect()
+        try:
+            acks = self._tracker.push([batch.encode() for batch in batches]) if batches else []
+            acks += self._ask_for_commits(now=self._clock.monotonic())
+        except (ConnectionError, TimeoutError) as error:
+            self.failures += 1
+            if self.failures in (1, 20):
+                logger.warning("the tracker does not answer (%s); spools are kept and sent later", error)
+            return False
+        if self.failures:
+            logger.info("the tracker answers again")
+        self.failures = 0
+        self._apply(acks)
+        self._remove_finished()
+        self.shipped += sum(batch.count for batch in batches)
+        return bool(batches)
+
+    def backlog(self) -> dict[str, int]:
+        """Entries logged on this node that are not yet accepted or committed."""
+        readers = self._readers.values()
+        return {
+            "producers": len(self._readers),
+            "not_accepted": sum(r.logged(s) - r.accepted(s) for r in readers for s in Stream),
+            "not_committed": sum(r.logged(s) - r.committed(s) for r in readers for s in Stream),
+        }
+
+    def _discover(self) -> None:
+        for directory in spools(self._root):
+            name = directory.name
+            if name in self._readers or name in self._unusable:
+                continue
+            try:
+                self._readers[name] = SpoolReader(directory)
+            except SpoolUnusable as error:
+                self._unusable.add(name)
+                logger.error("%s; it is left where it is", error)
+
+    def _collect(self) -> list[Batch]:
+        batches: list[Batch] = []
+        size_bytes = 0
+        for reader in self._readers.values():
+            # Facts first: a run's parameters should be there before its curves.
+            for stream in (Stream.facts, Stream.points):
+                batch = reader.next_batch(stream, reader.accepted(stream))
+                if batch is not None:
+                    batches.append(batch)
+                    size_bytes += len(batch.payload)
+            if size_bytes > self.ROUND_BYTES:
+                break
+        return batches
+
+    def _ask_for_commits(self, now: float) -> list[Ack]:
+        """Producers with nothing new to send still wait for their commits, and for a word to stop."""
+        if now - self._asked < 0.1:
+            return []
+        self._asked = now
+        waiting = [(r.producer, r.owner.run, r.owner.attempt) for r in self._readers.values()]
+        return self._tracker.acknowledged(waiting) if waiting else []
+
+    def _apply(self, acks: Sequence[Ack]) -> None:
+        for ack in acks:
+            reader = self._readers.get(ack.producer)
+            if reader is None:
+                continue
+            reader.acknowledge(ack.stream, ack.accepted, ack.committed)
+            if ack.stop:
+                reader.request_stop()
+
+    def _remove_finished(self) -> None:
+        for name, reader in list(self._readers.items()):
+            if reader.is_done():
+                reader.remove()
+                del self._readers[name]

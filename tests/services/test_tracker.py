@@ -1,0 +1,286 @@
+"""From a spool through the tracker into PostgreSQL: exactly once, whatever stops in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from orchestrator.clock import ManualClock
+from orchestrator.records import Ack, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream
+from orchestrator.store import migrate
+from orchestrator.store.store import Store
+from orchestrator.tracking.logger import Logger
+from orchestrator.tracking.service import TrackerService
+from orchestrator.tracking.shipper import Shipper
+from orchestrator.tracking.spool import spools
+
+SPEC = RunSpec(experiment="digits", user="me", params={"lr": 0.1}, storage_url="/tmp/runs", workers=1)
+
+
+class Exited(BaseException):
+    """What a service's `exit` does in these tests."""
+
+
+def _exit(code: int) -> None:
+    raise Exited(code)
+
+
+class World:
+    """A tracker that can be stopped and started, an agent, and the store to look into."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        self.directory, self.url, self.clock = directory, url, ManualClock()
+        self.store = Store(url)
+        self.tracker = self._new_tracker()
+        self.shipper = Shipper(directory / "spools", self, clock=self.clock)
+        self.answers = True
+
+    def _new_tracker(self) -> TrackerService:
+        return TrackerService(self.directory / "wal", self.url, clock=self.clock, exit=_exit)
+
+    def restart(self) -> None:
+        self.tracker.stop()
+        self.tracker = self._new_tracker()
+
+    def push(self, frames: Sequence[bytes]) -> list[Ack]:
+        if not self.answers:
+            raise ConnectionError("down")
+        return self.tracker.push(frames)
+
+    def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
+        if not self.answers:
+            raise ConnectionError("down")
+        return self.tracker.acknowledged(producers)
+
+    def settle(self) -> None:
+        """Until everything is where it belongs."""
+        for _ in range(50):
+            self.clock.advance(1.0)
+            moved = self.shipper.step()
+            moved |= self.tracker.commit_step()
+            if not moved and self.shipper.backlog()["not_committed"] == 0:
+                return
+        raise AssertionError(f"never settled: {self.shipper.backlog()}, {self.tracker.health()}")
+
+    def logger(self, ticket: RunTicket, rank: int = 0) -> Logger:
+        return Logger(self.directory / "spools", run=ticket.run, attempt=ticket.attempt, rank=rank)
+
+
+@pytest.fixture
+def world(tmp_path: Path, database_url: str) -> Iterator[World]:
+    migrate.upgrade(database_url)
+    world = World(tmp_path, database_url)
+    yield world
+    world.tracker.stop()
+    world.store.close()
+
+
+def test_what_was_logged_is_stored_and_the_spool_goes(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for step in range(100):
+        logger.log({"loss": 1 / (step + 1), "lr": 0.1}, step=step)
+    logger.fact(Fact(kind=FactKind.tag, at=0.0, data={"name": "team", "value": "a"}))
+    world.settle()
+    points = world.store.points(ticket.run, "loss")
+    assert points.steps.tolist() == list(range(100))
+    assert points.values.tolist() == [1 / (step + 1) for step in range(100)]
+    assert world.store.tags(ticket.run)["team"] == "a"
+    assert logger.flush(0.1)
+    assert logger.wait_committed(0.1)
+    assert len(list(spools(world.directory / "spools"))) == 1, "its producer still lives"
+    logger.close()
+    world.settle()
+    world.shipper.step()
+    assert list(spools(world.directory / "spools")) == []
+
+
+def test_a_tracker_that_restarts_anywhere_loses_and_doubles_nothing(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for piece in range(12):
+        for step in range(50):
+            logger.log({"loss": float(piece * 50 + step)}, step=piece * 50 + step)
+        if piece % 3 != 0:
+            world.shipper.step()
+        if piece % 3 == 1:
+            world.restart()
+        if piece % 4 == 2:
+            world.tracker.commit_step()
+        if piece == 8:
+            os.unlink(world.directory / "wal" / "cursor.json")
+            world.restart()
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [float(i) for i in range(600)]
+
+
+def test_a_tracker_that_lost_its_log_asks_again(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    world.settle()
+    logger.log({"loss": 2.0}, step=2)
+    world.shipper.step()  # accepted, not committed
+    world.tracker.stop()
+    for path in (world.directory / "wal").iterdir():
+        path.unlink()
+    world.tracker = world._new_tracker()
+    logger.log({"loss": 3.0}, step=3)
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_full_disk_acknowledges_nothing_until_there_is_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    fired = []
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        fired.append(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        world.shipper.step()
+    assert fired
+    assert not logger.flush(0.05)
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [1.0]
+
+
+def test_a_failed_fsync_ends_the_tracker_and_nothing_was_acknowledged(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    world.tracker._log._fsync = broken
+    with pytest.raises(Exited):
+        world.shipper.step()
+    assert not logger.flush(0.05)
+    world.tracker._log._fsync = os.fsync
+    world.restart()
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [1.0]
+
+
+def test_an_attempt_without_a_sign_of_life_is_crashed_and_a_late_word_counts(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket, rank=-1)
+    world.clock.advance(14)
+    world.tracker.heartbeat(ticket.run, ticket.attempt)
+    world.clock.advance(14)
+    world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.running
+    world.clock.advance(2)
+    world.tracker.lease_step()
+    crashed = world.store.run(ticket.run)
+    assert crashed.status is RunStatus.crashed
+    assert "no sign of life" in crashed.reason
+    logger.fact(Fact(kind=FactKind.status, at=0.0, data={"status": "FINISHED", "reason": ""}))
+    world.settle()
+    assert world.store.run(ticket.run).status is RunStatus.finished
+
+
+def test_a_restarted_tracker_watches_the_attempts_it_finds(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    world.restart()
+    world.tracker.lease_step()
+    world.clock.advance(16)
+    world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.crashed
+
+
+def test_a_request_to_stop_reaches_ranks_and_driver(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    world.shipper.step()
+    assert not logger.stop_requested()
+    world.store.request_cancel(ticket.run, user="somebody", now=world.clock.now())
+    world.tracker.lease_step()
+    world.clock.advance(1)
+    world.shipper.step()
+    assert logger.stop_requested()
+    assert world.tracker.heartbeat(ticket.run, ticket.attempt)
+
+
+def test_garbage_is_refused_and_the_rest_is_taken(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    assert world.tracker.push([b"", b"garbage" * 20]) == []
+    assert world.tracker.health()["refused_batches"] == 2
+    world.settle()
+    assert len(world.store.points(ticket.run, "loss")) == 1
+
+
+def test_an_agent_goes_on_where_the_one_before_it_stopped(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for step in range(10):
+        logger.log({f"key{step}": 1.0}, step=step)
+    world.shipper.step()
+    for step in range(10, 20):
+        logger.log({f"key{step}": 1.0, "key3": 2.0}, step=step)
+    world.shipper = Shipper(world.directory / "spools", world, clock=world.clock)
+    world.settle()
+    assert world.store.points(ticket.run, "key3").steps.tolist() == [3, *range(10, 20)]
+    assert {s.key for s in world.store.summaries(ticket.run)} == {f"key{i}" for i in range(20)}
+
+
+def test_the_tracker_takes_batches_while_postgresql_is_away(world: World, postgres) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    world.settle()
+    postgres.stop()
+    try:
+        for step in range(2, 50):
+            logger.log({"loss": float(step)}, step=step)
+        world.shipper.step()
+        assert logger.flush(0.1), "accepted without a database"
+        assert not world.tracker.commit_step()
+        assert "postgresql" in world.tracker.health()["database"]
+        assert world.tracker.lease_step() is False
+    finally:
+        postgres.start()
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [float(i) for i in range(1, 50)]
+
+
+def test_a_damaged_log_is_mended_from_the_spools(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for step in range(6):
+        logger.log({"loss": float(step)}, step=step)
+        world.shipper.step()
+    world.tracker.stop()
+    path = world.directory / "wal" / "00000001.log"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(damaged)
+    world.tracker = world._new_tracker()
+    world.settle()
+    assert world.tracker.health()["log_damaged_bytes"] > 0
+    assert world.store.points(ticket.run, "loss").values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_batches_of_an_unknown_run_do_not_hold_up_the_others(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    stray = Logger(world.directory / "spools", run="never-created", attempt=1, rank=0)
+    stray.log({"x": 1.0}, step=1)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    for _ in range(10):
+        world.clock.advance(1.0)
+        world.shipper.step()
+        world.tracker.commit_step()
+    assert len(world.store.points(ticket.run, "loss")) == 1
+    assert Stream.points in Stream
