@@ -1,0 +1,123 @@
+"""What every sink takes and how it says no. A *sink* receives copies (MLflow, TensorBoard, W&B); the truth is in
+PostgreSQL.
+
+Light on purpose: importing it loads none of the sinks' own libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.records import RunStatus
+
+
+class SinkUnavailable(OrchestratorError):
+    """The sink did not do it now, but may do it later: not reachable, too slow, overloaded, broken inside.
+
+    `answered` is true when a server answered with an error: it lives, but perhaps this one request is what breaks it.
+    """
+
+    def __init__(self, sink: str, why: str, answered: bool = False) -> None:
+        super().__init__(sink, why, answered)
+        self.sink, self.why, self.answered = sink, why, answered
+
+    def __str__(self) -> str:
+        return f"{self.sink}: {self.why}"
+
+
+class SinkRefused(OrchestratorError):
+    """The sink will never take this data as it is. `what` names it."""
+
+    def __init__(self, sink: str, what: str, why: str) -> None:
+        super().__init__(sink, what, why)
+        self.sink, self.what, self.why = sink, what, why
+
+    def __str__(self) -> str:
+        return f"{self.sink} refuses {self.what}: {self.why}"
+
+
+class SinkGone(OrchestratorError):
+    """The run (or its experiment) is not in the sink any more. `deleted`: by a person, so it is not made again."""
+
+    def __init__(self, sink: str, run: str, why: str, deleted: bool) -> None:
+        super().__init__(sink, run, why, deleted)
+        self.sink, self.run, self.why, self.deleted = sink, run, why, deleted
+
+    def __str__(self) -> str:
+        return f"{self.sink} has no run {self.run}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """Everything about a run but its points, as it stands now.
+
+    Example: RunFacts(id="r1", experiment="digits", name="calm-otter").
+    """
+
+    id: str
+    experiment: str
+    name: str
+    project: str = "default"
+    parent: str = ""
+    """Id of the run that this one belongs to in the sink: a sweep's for a trial, the run's own for an attempt."""
+    status: RunStatus = RunStatus.running
+    reason: str = ""
+    error: str = ""
+    """One line; empty unless it failed."""
+    attempt: int = 1
+    start_ms: int = 0
+    end_ms: int | None = None
+    user: str = ""
+    source: str = ""
+    """What was run, `module:function` or a command line."""
+    description: str = ""
+    notes: Sequence[str] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    """Name -> URI."""
+    config_hash: str = ""
+    directory: str = ""
+    job: str = ""
+    git: Mapping[str, Any] = field(default_factory=dict)
+    """commit, branch, dirty, remote; any may be missing."""
+    version: int = 0
+    """Grows with every change of the run; chunks of points do not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a run's copy lives in the sink."""
+
+    id: str
+    """The sink's own name of the run."""
+    url: str = ""
+    """For people; empty when there is nothing to open."""
+    created: bool = False
+    """It was not there before: everything has to be sent from the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Consecutive points of one metric. The three arrays have the same length."""
+
+    name: str
+    """As the sink writes it."""
+    steps: np.ndarray
+    """int64"""
+    times_ms: np.ndarray
+    """int64, since 1970"""
+    values: np.ndarray
+    """float64; NaN and ±inf are possible."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def part(self, start: int, stop: int | None = None) -> Series:
+        cut = slice(start, stop)
+        return Series(name=self.name, steps=self.steps[cut], times_ms=self.times_ms[cut], values=self.values[cut])

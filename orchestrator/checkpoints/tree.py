@@ -1,0 +1,149 @@
+"""Nested Python values as JSON, exactly and without pickle.
+
+What JSON lacks is written as a dict with one key that starts with `$`: `$float` nan and infinities · `$tuple` ·
+`$items` dicts with other keys than strings · `$counter` · `$bytes` (base64) · `$tensor`, `$ndarray` a reference that
+the caller's `put` made · `$dtype`, `$device` of torch. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.errors import CheckpointError, UserError
+
+Put = Callable[[str, torch.Tensor], Any]
+"""Stores the tensor found at a path and gives the JSON that refers to it."""
+Get = Callable[[Any], torch.Tensor]
+"""The inverse of a Put."""
+
+
+class NotStorable(CheckpointError, UserError):
+    """A value that cannot be written without pickle."""
+
+    def __init__(self, path: str, kind: str, why: str = "") -> None:
+        super().__init__(path, kind, why)
+        self.path, self.kind, self.why = path, kind, why
+
+    def __str__(self) -> str:
+        why = self.why or "checkpoints hold no pickled objects"
+        return (
+            f"{self.path} is a {self.kind}, which cannot be stored: {why}. "
+            "Give tensors, arrays, numbers, text, lists, dicts, or an object with state_dict() and load_state_dict()."
+        )
+
+
+def pack(value: Any, put: Put, path: str = "") -> Any:
+    """`value` as JSON. Raises NotStorable naming the path."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, torch.Tensor):
+        return {"$tensor": put(path, _plain(value, path))}
+    if isinstance(value, np.ndarray):
+        return {"$ndarray": put(path, _from_numpy(value, path))}
+    if isinstance(value, np.generic):
+        return pack(value.item(), put, path)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": str(float(value))}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bytes | bytearray):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if isinstance(value, Counter):
+        return {"$counter": [[pack(k, put, path), n] for k, n in value.items()]}
+    if isinstance(value, Mapping):
+        return _pack_mapping(value, put, path)
+    if type(value) is tuple or isinstance(value, torch.Size):
+        return {"$tuple": [pack(item, put, f"{path}.{i}") for i, item in enumerate(value)]}
+    if type(value) is list:
+        return [pack(item, put, f"{path}.{i}") for i, item in enumerate(value)]
+    raise NotStorable(path, f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def unpack(raw: Any, get: Get) -> Any:
+    """The value that `pack` was given."""
+    if isinstance(raw, list):
+        return [unpack(item, get) for item in raw]
+    if not isinstance(raw, dict):
+        return raw
+    if len(raw) != 1 or not next(iter(raw)).startswith("$"):
+        return {key: unpack(item, get) for key, item in raw.items()}
+    (kind, content), *_ = raw.items()
+    match kind:
+        case "$tensor":
+            return get(content)
+        case "$ndarray":
+            return get(content).numpy()
+        case "$float":
+            return float(content)
+        case "$tuple":
+            return tuple(unpack(item, get) for item in content)
+        case "$items":
+            return {unpack(key, get): unpack(item, get) for key, item in content}
+        case "$counter":
+            return Counter({unpack(key, get): n for key, n in content})
+        case "$bytes":
+            return base64.b64decode(content)
+        case "$dtype":
+            return getattr(torch, content)
+        case "$device":
+            return torch.device(content)
+    raise CheckpointError(f"{kind} is unknown to this version; the checkpoint was written by a newer one.")
+
+
+def inline(path: str, tensor: torch.Tensor) -> Any:
+    """A Put that keeps small tensors inside the JSON."""
+    data = _bytes_of(tensor)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "data": base64.b64encode(data).decode()}
+
+
+def from_inline(reference: Any) -> torch.Tensor:
+    data = bytearray(base64.b64decode(reference["data"]))
+    dtype = getattr(torch, reference["dtype"])
+    tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return tensor.reshape(reference["shape"]).clone()
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _pack_mapping(value: Mapping[Any, Any], put: Put, path: str) -> Any:
+    def inner(key: Any) -> str:
+        return f"{path}.{key}" if path else str(key)
+
+    if all(isinstance(key, str) for key in value) and not any(key.startswith("$") for key in value):
+        return {key: pack(item, put, inner(key)) for key, item in value.items()}
+    return {"$items": [[pack(key, put, inner(key)), pack(item, put, inner(key))] for key, item in value.items()]}
+
+
+def _plain(tensor: torch.Tensor, path: str) -> torch.Tensor:
+    """Detached, dense, contiguous and on the CPU; shares memory where that is so already."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise NotStorable(
+            path, type(tensor).__qualname__, "only plain tensors are supported, no sharded or wrapped ones"
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise NotStorable(path, "tensor", "it is sparse, quantized or has no data")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _from_numpy(array: np.ndarray, path: str) -> torch.Tensor:
+    try:
+        # A copy where needed: torch knows neither negative strides nor read-only arrays nor foreign byte order.
+        return torch.from_numpy(np.require(array, dtype=array.dtype.newbyteorder("="), requirements=["C", "W"]))
+    except TypeError as error:
+        raise NotStorable(path, f"numpy array of {array.dtype}", "torch has no such type") from error

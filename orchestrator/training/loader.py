@@ -1,0 +1,220 @@
+"""A DataLoader that gives each rank its share, knows its position, and continues there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from orchestrator.errors import UserError
+from orchestrator.training.seeds import derive
+
+
+class CannotShard(UserError):
+    """A DataLoader whose order we cannot divide among ranks."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return (
+            f"run.prepare cannot divide this DataLoader among the ranks: {self.why}. "
+            "Use shuffle=True or False with batch_size, or a sampler that divides by itself "
+            "(torch's DistributedSampler), or do not prepare it."
+        )
+
+
+class ShardedSampler(Sampler[int]):
+    """This rank's indices of one pass over a dataset of `size` samples.
+
+    The order depends on (seed, epoch, passes) only, so all ranks agree on it without talking. `even` repeats samples
+    at the end (or drops the tail) until all ranks have the same number, as DistributedSampler does; without it every
+    sample comes exactly once.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+        even: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self._size, self._shuffle, self._seed, self._rank, self._world_size = size, shuffle, seed, rank, world_size
+        self._even, self._drop_last = even, drop_last
+        self.epoch = 0
+        """Number of the epoch whose order is given."""
+        self.passes = 0
+        """How many passes this epoch has had before."""
+        self.skip = 0
+        """How many samples of the next pass, over all ranks, have been used already."""
+
+    @property
+    def total(self) -> int:
+        """Samples of a pass, over all ranks."""
+        if not self._even:
+            return self._size
+        rounded = math.floor if self._drop_last else math.ceil
+        return rounded(self._size / self._world_size) * self._world_size
+
+    def __iter__(self) -> Iterator[int]:
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(derive(self._seed, "order", self.epoch, self.passes))
+            order = torch.randperm(self._size, generator=generator).tolist()
+        else:
+            order = list(range(self._size))
+        if self.total > self._size:
+            order = (order * math.ceil(self.total / self._size))[: self.total] if order else order
+        return iter(order[self.skip : self.total][self._rank :: self._world_size])
+
+    def __len__(self) -> int:
+        return len(range(self._rank, self.total, self._world_size))
+
+
+class ShardedLoader(DataLoader[Any]):
+    """What `run.prepare` makes of a DataLoader. Batches arrive on the run's device.
+
+    The dataset, batch_size (per worker), collate_fn and worker settings are the user's. A generator given by the user
+    seeds the order, else the run's seed does. Worker processes are seeded per (epoch, pass, rank); the process's own
+    generators are not used, so a pass that is continued leaves them as an uninterrupted one does.
+
+    `state_dict` is the position counted over all ranks: it may be loaded on another number of them. A loader whose
+    sampler is the user's continues in the middle of a pass by reading and dropping what was used.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], *, rank: int, world_size: int, seed: int, device: torch.device, even: bool = True
+    ) -> None:
+        self._rank, self._world_size, self._target, self._even = rank, world_size, device, even
+        self._seed = seed if loader.generator is None else loader.generator.initial_seed()
+        self._used = 0  # samples of the running pass over all ranks; batches, if the sampler is not ours
+        self._resume_at = 0
+        self._has_passed = False
+        self._is_active = False
+        self._own: ShardedSampler | None = self._sampler_for(loader)
+        self._epoch, self._passes = 0, 0
+        settings: dict[str, Any] = {
+            "dataset": loader.dataset, "num_workers": loader.num_workers, "collate_fn": loader.collate_fn,
+            "pin_memory": loader.pin_memory, "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context, "generator": torch.Generator(),
+            "prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers,
+        }  # fmt: skip
+        if self._own is not None:
+            settings |= {"sampler": self._own, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        elif isinstance(loader.dataset, IterableDataset) or type(loader.batch_sampler) is BatchSampler:
+            settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+            if not isinstance(loader.dataset, IterableDataset):
+                settings |= {"sampler": loader.sampler}
+        else:
+            settings |= {"batch_sampler": loader.batch_sampler} if loader.batch_sampler else {"sampler": loader.sampler}
+            if loader.batch_sampler is None:
+                settings |= {"batch_size": None}
+        super().__init__(**settings)
+
+    @property
+    def is_active(self) -> bool:
+        """In the middle of a pass: a batch has been given out and the loop over it has not ended."""
+        return self._is_active
+
+    @property
+    def is_last_batch(self) -> bool:
+        """The batch in hand ends the pass. Unknown, so False, when the sampler is the user's."""
+        if not self._is_active or self._own is None:
+            return False
+        left = self._own.total - self._used
+        return left < self._batch_total() if self.drop_last else left <= 0
+
+    @property
+    def is_shuffled(self) -> bool:
+        return self._own is not None and self._own._shuffle
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass; a restored position in this very epoch stays."""
+        if epoch == self._epoch and self._resume_at:
+            return
+        self._epoch, self._passes, self._resume_at, self._has_passed = epoch, 0, 0, False
+        samplers: tuple[Any, ...] = (self.sampler, getattr(self.batch_sampler, "sampler", None), self.batch_sampler)
+        for sampler in samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._has_passed and not self._resume_at:
+            self._passes += 1
+        self._has_passed = True
+        start, self._resume_at = self._resume_at, 0
+        if self._own is not None:
+            self._own.epoch, self._own.passes, self._own.skip = self._epoch, self._passes, start
+        assert self.generator is not None
+        self.generator.manual_seed(derive(self._seed, "workers", self._epoch, self._passes, self._rank))
+        self._used = start
+        return self._batches(super().__iter__(), drop=0 if self._own is not None else start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, plain numbers. `used` counts samples over all ranks (batches of this rank, if the sampler is
+        the user's)."""
+        if self._is_active:
+            return {"epoch": self._epoch, "passes": self._passes, "used": self._used}
+        return {"epoch": self._epoch, "passes": self._passes + self._has_passed, "used": self._resume_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._epoch, self._passes, self._resume_at = int(state["epoch"]), int(state["passes"]), int(state["used"])
+        self._has_passed = False
+
+    def _batches(self, batches: Iterator[Any], *, drop: int) -> Iterator[Any]:
+        for _ in range(drop):
+            next(batches, None)
+        try:
+            for batch in batches:
+                if self._own is None:
+                    self._used += 1
+                else:
+                    self._used = min(self._own.total, self._used + self._batch_total())
+                self._is_active = True
+                yield to_device(batch, self._target)
+        finally:
+            self._is_active = False  # also when the loop over us was left by `break`
+
+    def _batch_total(self) -> int:
+        return (self.batch_size or 1) * self._world_size
+
+    def _sampler_for(self, loader: DataLoader[Any]) -> ShardedSampler | None:
+        """Ours where the order is plain; None where the user's sampler stays."""
+        if isinstance(loader.dataset, IterableDataset):
+            return None  # it must divide itself: nobody else can
+        has_plain_batches = type(loader.batch_sampler) in (BatchSampler, type(None))
+        if type(loader.sampler) in (RandomSampler, SequentialSampler) and has_plain_batches:
+            sampler: Any = loader.sampler
+            if not getattr(sampler, "replacement", False) and len(sampler) == len(loader.dataset):  # type: ignore[arg-type]
+                return ShardedSampler(
+                    len(sampler), shuffle=type(sampler) is RandomSampler, seed=self._seed, rank=self._rank,
+                    world_size=self._world_size, even=self._even, drop_last=loader.drop_last,
+                )  # fmt: skip
+        divides = isinstance(loader.sampler, DistributedSampler) or hasattr(loader.batch_sampler, "set_epoch")
+        if self._world_size > 1 and not divides:
+            unusual = loader.sampler if has_plain_batches else loader.batch_sampler
+            raise CannotShard(f"its {type(unusual).__name__} draws an order of its own")
+        return None
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device; containers keep their type."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=batch.is_pinned())
+    if isinstance(batch, Mapping):
+        return type(batch)({key: to_device(item, device) for key, item in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(item, device) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(item, device) for item in batch)
+    return batch

@@ -1,0 +1,581 @@
+"""The `run` object that a train function gets."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import mimetypes
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from orchestrator.backends.storage import Storage
+from orchestrator.checkpoints.engine import Checkpoints, SaveFailed
+from orchestrator.checkpoints.manifest import CheckpointInfo
+from orchestrator.checkpoints.policy import CheckpointPolicy
+from orchestrator.checkpoints.reader import Stored
+from orchestrator.checkpoints.state import TrainState
+from orchestrator.checkpoints.triggers import Moment, improved, reasons_to_save
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.errors import BadMetric, UserError
+from orchestrator.records import Fact, FactKind, RunTicket
+from orchestrator.training import seeds
+from orchestrator.training.group import Group, Value
+from orchestrator.training.loader import ShardedLoader
+from orchestrator.training.recorder import Recorder
+
+
+class RunStopped(BaseException):
+    """The run was asked to stop (`orc cancel`, `ray job stop`). Raised by `run.report` on all ranks, after saving.
+
+    No Exception, so that an `except Exception` in a training loop does not swallow it.
+    """
+
+    def __init__(self, run: str, step: int) -> None:
+        super().__init__(run, step)
+        self.run, self.step = run, step
+
+    def __str__(self) -> str:
+        return f"Run {self.run} was asked to stop at step {self.step}."
+
+
+class Run:
+    """One rank's view of its attempt of a run. Made by the launcher, given to `train(run, cfg)` on every DDP rank.
+
+    Collective (all ranks call it together): `report`, `save`, `state` while resuming, `sum`, `mean`, `finish`, and
+    `prepare` for models. Everything else is local. `log` and `event` record on the rank that calls them; `params`,
+    `tags`, `note`, `metric`, `artifact` and `figure` count on rank 0 and do nothing on the others, so a train
+    function needs no `if` around them. Making a Run seeds the process's random generators.
+    """
+
+    def __init__(
+        self,
+        ticket: RunTicket,
+        recorder: Recorder,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        local_rank: int = 0,
+        seed: int = 0,
+        checkpoints: CheckpointPolicy | None = None,
+        resume: bool = True,
+        config_hash: str = "",
+        device: torch.device | str | None = None,
+        accumulation_steps: int = 1,
+        clock: Clock | None = None,
+    ) -> None:
+        """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one."""
+        self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
+        self._clock = clock or SystemClock()
+        self._device = torch.device(device) if device is not None else _default_device(local_rank)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        self._group = Group(rank, world_size)
+        self._seed = seed
+        self.accumulation_steps = accumulation_steps
+        """Micro-batches per optimizer step; see `accumulate`."""
+        self._policy = checkpoints or CheckpointPolicy()
+        self._storage = Storage(ticket.directory)
+        self._checkpoints = Checkpoints(
+            self._storage.join("checkpoints"),
+            run=ticket.run,
+            attempt=ticket.attempt,
+            group=self._group,
+            policy=self._policy,
+            clock=self._clock,
+            diary=_Diary(self),
+            seed=seed,
+            config_hash=config_hash,
+        )
+        self._loaders: list[ShardedLoader] = []
+        self._state: TrainState | None = None
+        self._generators: dict[str, Any] | None = None
+        self._step, self._logged = 0, False
+        self._epoch, self._first_epoch = 0, 0
+        self._micro_batch = 0
+        self._best: float | None = None
+        self._saved = Moment(time=self._clock.monotonic())
+        seeds.seed_everything(seed, rank)
+
+    def __repr__(self) -> str:
+        where = f"rank {self.rank} of {self.world_size}, step {self._step}"
+        return f"<Run {self.name} ({self.id}) attempt {self.attempt}, {where}>"
+
+    # -- who and where -----------------------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        return self._ticket.run
+
+    @property
+    def name(self) -> str:
+        return self._ticket.name
+
+    @property
+    def attempt(self) -> int:
+        """1, 2, 3 …; a restart is a new attempt of the same run."""
+        return self._ticket.attempt
+
+    @property
+    def directory(self) -> str:
+        """Where the run's checkpoints and artifacts are, a path or URL."""
+        return self._ticket.directory
+
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._group.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def step(self) -> int:
+        """The step last logged: how often `log` was called without a step, or the highest step it was given. Restored
+        on resume."""
+        return self._step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `epochs` gave last, from 0."""
+        return self._epoch
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether this rank has heard that the run shall stop. Ranks hear it at different times: to stop together,
+        call `report`."""
+        return self._recorder.stop_requested()
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Records numbers of this rank; a memory write. Without `step` each call is the next step: 1, 2, 3 …
+
+        Values: Python and numpy numbers, bools, 0-d tensors, NaN and ±inf. Raises BadMetric naming the key.
+        """
+        if step is None:
+            self._step = step = self._step + 1
+        elif step > self._step:
+            self._step = step
+        self._logged = True
+        self._recorder.log(metrics, step)
+
+    def report(
+        self, metrics: Mapping[str, Any] | None = None, state: TrainState | None = None, *, best: bool = False
+    ) -> CheckpointInfo | None:
+        """Collective. Records the metrics at the current step; saves `state` if a checkpoint is due (always, with
+        `best`).
+
+        Without a `log` since the last one that had metrics, it is a step of its own. Rank 0's metrics, clock and stop
+        request decide for all. Gives the checkpoint, if one was saved. A save that fails is an event, and training
+        goes on. Raises RunStopped.
+        """
+        metrics = metrics or {}
+        if metrics:
+            self._step += not self._logged
+            self._logged = False
+            self._recorder.log(metrics, self._step)
+        numbers = {key: _number(key, value) for key, value in metrics.items()}
+        reasons, is_best, stop = self._decide(numbers, state is not None, best)
+        info = None
+        if reasons:
+            state = self._state if state is None and stop else state
+            if state is None:
+                raise UserError(
+                    f"rank 0 called run.report with a state, rank {self.rank} without: give it on every rank."
+                )
+            try:
+                info = self._save(state, numbers, is_best=is_best, reasons=reasons)
+            except SaveFailed as error:
+                if self.is_main:
+                    self.event("checkpoint-failed", str(error), level="error", reasons=list(reasons))
+        if stop:
+            raise RunStopped(self.id, self._step)
+        return info
+
+    def sum(self, value: Value) -> Value:
+        """Collective. The sum of a number or tensor over all ranks."""
+        return self._group.sum(value)
+
+    def mean(self, value: Value) -> Value:
+        """Collective. The mean of a number or tensor over all ranks. Example: loss = run.mean(loss.item())."""
+        return self._group.mean(value)
+
+    # -- preparing ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, *objects: Any, even: bool = True) -> Any:
+        """Models go to the device and become DistributedDataParallel; DataLoaders give each rank its share; the rest
+        stays.
+
+        Gives one object, or a tuple. `batch_size` stays what each worker uses: two workers make twice the global
+        batch. The order of samples depends on the run's seed (on the DataLoader's generator, if it has one) and the
+        epoch. `even` makes all ranks do the same number of batches by repeating a few samples; for an evaluation in
+        which each sample counts once, say `even=False`. A model without trainable parameters only gets rank 0's
+        values.
+        """
+        prepared = tuple(self._prepared(thing, even) for thing in objects)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    @contextmanager
+    def accumulate(self, *models: torch.nn.Module) -> Iterator[bool]:
+        """Around forward and backward of one micro-batch. Gives True when this one completes an optimizer step.
+
+        Gradients are exchanged between ranks only then. Divide the loss by `run.accumulation_steps`, so that the sum
+        of the micro-batches' gradients is the mean; call `optimizer.step()` and `zero_grad()` only when it gave True.
+        The last batch of a prepared DataLoader always completes a step. With `accumulation_steps` 1 each batch does,
+        and nothing changes:
+
+            with run.accumulate(model) as is_complete:
+                (loss_of(model, batch) / run.accumulation_steps).backward()
+            if is_complete:
+                optimizer.step()
+                optimizer.zero_grad()
+        """
+        self._micro_batch += 1
+        ends = any(loader.is_last_batch for loader in self._loaders)
+        is_complete = ends or self._micro_batch >= self.accumulation_steps
+        if is_complete:
+            self._micro_batch = 0
+        with ExitStack() as stack:
+            for model in models:
+                if not is_complete and isinstance(model, DistributedDataParallel):
+                    stack.enter_context(model.no_sync())
+            yield is_complete
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """0, 1, … count-1; after a resume only those that are left, the interrupted one first.
+
+        An epoch is over when the loops over its prepared DataLoaders are: a checkpoint saved inside such a loop
+        continues there, one saved after it (or without any) continues with the next epoch. Call `run.state` before.
+        """
+        for epoch in range(self._first_epoch, count):
+            self._epoch = epoch
+            for loader in self._loaders:
+                loader.set_epoch(epoch)
+            if self._generators is not None:
+                # Again: what the train function drew between `state` and here would make the continuation differ.
+                seeds.restore(self._generators)
+                self._generators = None
+            yield epoch
+            self._first_epoch = epoch + 1
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(
+        self,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        loader: Any = None,
+        **extra: Any,
+    ) -> TrainState:
+        """What `report` and `save` shall store; see TrainState. Collective while resuming: restores at once from the
+        newest valid checkpoint, random generators, step and epoch included. Raises CheckpointMismatch when that one
+        belongs to other code. Without `loader` the shuffled DataLoader that was prepared is taken, if it is the only
+        one.
+        """
+        state = TrainState(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, loader=loader, **extra)
+        shuffled = [each for each in self._loaders if each.is_shuffled]
+        if loader is None and len(shuffled) == 1:
+            state.loader = shuffled[0]
+        self._state = state
+        if self._resume:
+            stored = self._checkpoints.restore(state)
+            if stored is not None:
+                self._continue_from(stored, state)
+        return state
+
+    def save(self, state: TrainState, *, best: bool = False) -> CheckpointInfo:
+        """Collective. Saves now and waits until it is durable. Raises SaveFailed on all ranks if it could not be
+        written."""
+        return self._save(state, {}, is_best=best, reasons=("best",) if best else ("now",))
+
+    def finish(self) -> None:
+        """Collective; called by the launcher after the train function returned. Saves what is newer than the last
+        checkpoint."""
+        if self._policy.best_metric and self._best is None and self._state is not None and self.is_main:
+            what = f"checkpoints.best_metric is {self._policy.best_metric!r}, but run.report was never given it"
+            self.event("best-metric-missing", what, level="warning")
+        due = self._policy.at_end and self._state is not None and self._step > self._saved.step
+        if self._group.share("save" if due else "") and self._state is not None:
+            try:
+                self._save(self._state, {}, is_best=False, reasons=("end",))
+            except SaveFailed as error:
+                if self.is_main:
+                    self.event("checkpoint-failed", str(error), level="error", reasons=["end"])
+
+    # -- record ------------------------------------------------------------------------------------------------------
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Parameters of the run, searchable; nested ones become `optim.lr`. Values are JSON; others are written as
+        their text."""
+        for name, value in _flat(values):
+            self._tell_once(FactKind.param, {"name": name, "value": _json(value)})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self._tell_once(FactKind.tag, {"name": str(name), "value": str(value)})
+
+    def note(self, text: str) -> None:
+        self._tell_once(FactKind.note, {"text": text})
+
+    def event(self, kind: str, message: str, *, level: str = "info", **details: Any) -> None:
+        """Something that happened, on this rank. Example: run.event("lr-drop", "plateau for 5 epochs", lr=1e-4)."""
+        if level not in ("debug", "info", "warning", "error"):
+            raise UserError(f"run.event: level is {level!r}; it is debug, info, warning or error.")
+        data = {"kind": kind, "message": message, "level": level, "step": self._step, "details": _json(details)}
+        self._tell(FactKind.event, data)
+
+    def metric(self, name: str, *, unit: str = "", direction: str = "", reduction: str = "") -> None:
+        """Says what a metric means: its unit, which `direction` is better (min, max), how ranks are reduced (mean,
+        min, max, sum, last)."""
+        _one_of("direction", direction, ("min", "max"))
+        _one_of("reduction", reduction, ("mean", "min", "max", "sum", "last"))
+        given = {"unit": unit, "direction": direction, "reduction": reduction}
+        self._tell_once(FactKind.metric, {"name": name, **{key: value for key, value in given.items() if value}})
+
+    def artifact(self, source: str | os.PathLike[str] | bytes, name: str | None = None) -> str:
+        """Copies a file (or bytes, which need a name) to the run's `artifacts/` and records size and SHA-256. Gives
+        the URI.
+
+        The same name again replaces the earlier one.
+        """
+        if name is None:
+            if isinstance(source, bytes):
+                raise UserError("run.artifact: bytes need a name, e.g. run.artifact(data, 'confusion.csv').")
+            name = Path(source).name
+        path = f"artifacts/{name}"
+        uri = self._storage.uri(path)
+        if not self.is_main:
+            return uri
+        size, digest = 0, hashlib.sha256()
+        with _opened(source) as reader, self._storage.open_output(path) as output:
+            while chunk := reader.read(1 << 20):
+                output.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+        media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        self._tell(
+            FactKind.artifact,
+            {"name": name, "uri": uri, "size_bytes": size, "sha256": digest.hexdigest(), "media_type": media_type,
+             "step": self._step},
+        )  # fmt: skip
+        return uri
+
+    def figure(self, name: str, figure: Any) -> str:
+        """Stores a matplotlib figure (as PNG, unless the name ends in .svg or .pdf), or an image's bytes, as an
+        artifact."""
+        if isinstance(figure, bytes):
+            return self.artifact(figure, name)
+        if not hasattr(figure, "savefig"):
+            kind = type(figure).__qualname__
+            raise UserError(f"run.figure: {kind} is neither a matplotlib figure nor bytes of an image.")
+        known = Path(name).suffix in (".png", ".svg", ".pdf")
+        name = name if known else f"{name}.png"
+        if not self.is_main:
+            return self._storage.uri(f"artifacts/{name}")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=Path(name).suffix[1:])
+        return self.artifact(drawn.getvalue(), name)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _decide(self, metrics: Mapping[str, float], has_state: bool, best: bool) -> tuple[tuple[str, ...], bool, bool]:
+        """Reasons to save, whether it is the best so far, whether to stop: rank 0's decision, on all ranks."""
+        decision: dict[str, Any] = {}
+        if self.is_main:
+            now = self._moment(metrics)
+            stop = self._recorder.stop_requested()
+            reasons = reasons_to_save(self._policy, now, self._saved) if has_state else ()
+            reasons += ("best",) if best and has_state else ()
+            reasons += ("stop",) if stop and (has_state or self._state is not None) and self._policy.on_stop else ()
+            is_better = improved(self._policy, now)
+            if is_better:
+                self._best = metrics[self._policy.best_metric]
+            decision = {"reasons": reasons, "is_best": is_better or best, "stop": stop, "best": _text(self._best)}
+        decision = json.loads(self._group.share(json.dumps(decision)))
+        self._best = None if decision["best"] is None else float(decision["best"])
+        return tuple(decision["reasons"]), decision["is_best"], decision["stop"]
+
+    def _moment(self, metrics: Mapping[str, float]) -> Moment:
+        done = self._epoch + self._epoch_complete()
+        return Moment(step=self._step, epochs_done=done, time=self._clock.monotonic(), metrics=metrics, best=self._best)
+
+    def _epoch_complete(self) -> bool:
+        """Whether no loop over training data is running; an unshuffled loader counts if it is part of the state."""
+        trained_on = self._state.loader if self._state is not None else None
+        return not any(loader.is_active and (loader.is_shuffled or loader is trained_on) for loader in self._loaders)
+
+    def _save(
+        self, state: TrainState, metrics: Mapping[str, float], *, is_best: bool, reasons: tuple[str, ...]
+    ) -> CheckpointInfo:
+        loader_state = state.loader_state()
+        complete = self._epoch_complete()
+        info = self._checkpoints.save(
+            state,
+            step=self._step,
+            epoch=self._epoch,
+            epoch_complete=complete,
+            metrics=metrics,
+            is_best=is_best,
+            reasons=reasons,
+            progress={"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged},
+            rank_state={"generators": seeds.capture(), "loader": loader_state},
+            data=_json(loader_state) if isinstance(state.loader, ShardedLoader) else {},
+        )
+        self._saved = self._moment({})
+        return info
+
+    def _continue_from(self, stored: Stored, state: TrainState) -> None:
+        manifest = stored.manifest
+        self._step, self._epoch = manifest.step, manifest.epoch
+        self._first_epoch = manifest.epoch + manifest.epoch_complete
+        self._micro_batch, self._logged = stored.progress["micro_batch"], stored.progress["logged"]
+        self._best = None if stored.progress["best"] is None else float(stored.progress["best"])
+        why = self._why_relaxed(stored)
+        same_world = manifest.world_size == self.world_size
+        if stored.rank["loader"] is not None and hasattr(state.loader, "load_state_dict"):
+            if same_world or isinstance(state.loader, ShardedLoader):
+                state.loader.load_state_dict(stored.rank["loader"])
+            else:
+                why.append("the loader's position cannot be divided among another number of workers")
+        elif not manifest.epoch_complete:
+            why.append("the position within the epoch was not saved, which begins anew: give run.state(loader=…)")
+        if same_world:
+            self._generators = dict(stored.rank["generators"])
+            seeds.restore(self._generators)
+        self._saved = Moment(step=self._step, epochs_done=self._first_epoch, time=self._clock.monotonic())
+        if self.is_main:
+            where = f"continues from {manifest.name}: step {manifest.step}, epoch {self._first_epoch}"
+            exact = "bit for bit" if not why else "relaxed: " + "; ".join(why)
+            self.event("resumed", f"{where} ({exact})", checkpoint=manifest.id, is_exact=not why, why=why)
+
+    def _why_relaxed(self, stored: Stored) -> list[str]:
+        """Reasons why the continued training cannot equal an uninterrupted one bit for bit."""
+        manifest, why = stored.manifest, []
+        if manifest.world_size != self.world_size:
+            why.append(f"{manifest.world_size} workers then, {self.world_size} now")
+        if manifest.config_hash != self._config_hash:
+            why.append("the config changed")
+        if manifest.seed != self._seed:
+            why.append(f"seed {manifest.seed} then, {self._seed} now")
+        if manifest.versions.get("torch") != torch.__version__:
+            why.append(f"torch {manifest.versions.get('torch')} then, {torch.__version__} now")
+        return why
+
+    def _prepared(self, thing: Any, even: bool) -> Any:
+        if isinstance(thing, ShardedLoader | DistributedDataParallel):
+            return thing
+        if isinstance(thing, torch.nn.Module):
+            return self._prepared_model(thing)
+        if isinstance(thing, DataLoader):
+            loader = ShardedLoader(
+                thing, rank=self.rank, world_size=self.world_size, seed=self._seed, device=self._device, even=even
+            )
+            self._loaders.append(loader)
+            return loader
+        return thing
+
+    def _prepared_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = model.to(self._device)
+        if self.world_size == 1:
+            return model
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            return DistributedDataParallel(model, device_ids=[self._device] if self._device.type == "cuda" else None)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self._group.copy_from_main(tensor)
+        return model
+
+    def _tell(self, kind: FactKind, data: Mapping[str, Any]) -> None:
+        self._recorder.fact(Fact(kind=kind, at=self._clock.now(), data=data))
+
+    def _tell_once(self, kind: FactKind, data: Mapping[str, Any]) -> None:
+        if self.is_main:
+            self._tell(kind, data)
+
+
+class _Diary:
+    """Tells the run's record what happens to its checkpoints."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def checkpoint(self, info: CheckpointInfo) -> None:
+        self._run._tell(FactKind.checkpoint, info.to_json())
+
+    def event(self, kind: str, message: str, *, level: str, **details: Any) -> None:
+        self._run.event(kind, message, level=level, **details)
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[Any]:
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    if not Path(source).is_file():
+        raise UserError(f"run.artifact: {os.fspath(source)} is no file.")
+    with open(source, "rb") as reader:
+        yield reader
+
+
+def _default_device(local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadMetric(key, f"is {type(value).__name__}, which is no number") from error
+
+
+def _text(number: float | None) -> str | None:
+    """JSON knows no infinity; text does."""
+    return None if number is None else repr(float(number))
+
+
+def _json(value: Any) -> Any:
+    """The value as JSON that every reader accepts: no nan or inf, and text for what JSON lacks."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _json(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return str(value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _one_of(what: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given and given not in allowed:
+        raise UserError(f"run.metric: {what} is {given!r}; it is {', '.join(allowed)}.")

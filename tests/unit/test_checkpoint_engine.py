@@ -1,0 +1,440 @@
+"""Saving and restoring: what comes back, and what a crash, a full disk or a damaged file leave behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from orchestrator.backends.storage import Storage
+from orchestrator.checkpoints import catalog
+from orchestrator.checkpoints.engine import Checkpoints, SaveFailed, StateRefused, Unreadable
+from orchestrator.checkpoints.manifest import CheckpointInfo
+from orchestrator.checkpoints.policy import CheckpointPolicy
+from orchestrator.checkpoints.reader import read_manifest, verify
+from orchestrator.checkpoints.state import CheckpointMismatch, TrainState
+from orchestrator.clock import ManualClock
+from orchestrator.errors import CheckpointCorrupt
+
+torch.set_num_threads(1)
+
+
+class Alone:
+    """A group of one rank."""
+
+    rank, world_size = 0, 1
+
+    def share(self, text: str) -> str:
+        return text
+
+    def gather(self, text: str) -> list[str]:
+        return [text]
+
+
+class Diary:
+    def __init__(self) -> None:
+        self.checkpoints: list[CheckpointInfo] = []
+        self.events: list[str] = []
+
+    def checkpoint(self, info: CheckpointInfo) -> None:
+        self.checkpoints.append(info)
+
+    def event(self, kind: str, message: str, *, level: str, **details: Any) -> None:
+        self.events.append(kind)
+
+
+class Saver:
+    """One attempt's checkpoints, with the arguments that these tests do not care about filled in."""
+
+    def __init__(self, storage: Storage, attempt: int = 1, **policy: Any) -> None:
+        self.storage, self.diary = storage, Diary()
+        self.engine = Checkpoints(
+            storage, run="r1", attempt=attempt, group=Alone(), policy=CheckpointPolicy(**policy), clock=ManualClock(),
+            diary=self.diary,
+        )  # fmt: skip
+
+    def save(self, state: TrainState, step: int, **metrics: float) -> CheckpointInfo:
+        return self.engine.save(
+            state, step=step, epoch=0, epoch_complete=True, metrics=metrics, is_best=False, reasons=("now",),
+            progress={"n": 1}, rank_state={"generators": {"torch": torch.get_rng_state()}}, data={},
+        )  # fmt: skip
+
+    def restored_step(self, state: TrainState) -> int | None:
+        stored = self.engine.restore(state)
+        return None if stored is None else stored.manifest.step
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saver(root: Path) -> Saver:
+    return Saver(Storage(str(root)))
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 36, 3))
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW([{"params": list(p), "lr": torch.tensor(0.01)}], foreach=False),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "plain": lambda p: torch.optim.SGD(p, lr=0.01),
+}
+LR = torch.optim.lr_scheduler
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "onecycle": lambda o: LR.OneCycleLR(o, 0.1, total_steps=50, cycle_momentum=False),
+    "milestones": lambda o: LR.MultiStepLR(o, [2, 4, 4]),
+    "plateau": lambda o: LR.ReduceLROnPlateau(o),
+    "sequence": lambda o: LR.SequentialLR(o, [LR.ConstantLR(o), LR.CosineAnnealingLR(o, 9)], [3]),
+    "lambda": lambda o: LR.LambdaLR(o, lambda epoch: 0.9**epoch),
+}
+
+
+def trained(optimizer: str = "adam", scheduler: str = "onecycle", steps: int = 3) -> tuple[nn.Module, Any, Any]:
+    model = network()
+    optim = OPTIMIZERS[optimizer](model.parameters())
+    schedule = SCHEDULERS[scheduler](optim)
+    train(model, optim, schedule, steps)
+    return model, optim, schedule
+
+
+def train(model: nn.Module, optimizer: Any, scheduler: Any, steps: int) -> None:
+    for _ in range(steps):
+        loss = model(torch.randn(8, 1, 8, 8)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(*([loss.item()] if isinstance(scheduler, LR.ReduceLROnPlateau) else []))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal in every bit, in nested state dicts too."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"),
+    [
+        ("adam", "onecycle"),
+        ("adamw", "sequence"),
+        ("momentum", "plateau"),
+        ("momentum", "milestones"),
+        ("plain", "lambda"),
+    ],
+)
+def test_a_restored_training_continues_bit_for_bit(saver: Saver, optimizer: str, scheduler: str) -> None:
+    model, optim, schedule = trained(optimizer, scheduler)
+    saver.save(TrainState(model=model, optimizer=optim, scheduler=schedule), step=3)
+    other = trained(optimizer, scheduler, steps=1)
+    saver.engine.restore(TrainState(model=other[0], optimizer=other[1], scheduler=other[2]))
+    for parts in ((model, optim, schedule), other):
+        torch.manual_seed(5)
+        train(*parts, steps=3)
+    for one, two in zip((model, optim, schedule), other, strict=True):
+        assert_same(one.state_dict(), two.state_dict())
+
+
+def test_extras_of_all_kinds_come_back(saver: Saver) -> None:
+    generator = nn.Linear(2, 2)
+    averaged = torch.ones(3)
+    state = TrainState(
+        model={"g": generator, "d": nn.Linear(1, 1)}, averaged=averaged, best=0.5, seen=[1, 2], twin=generator
+    )
+    saver.save(state, step=1)
+    want = generator.weight.clone()
+    with torch.no_grad():
+        generator.weight.zero_()
+        averaged.zero_()
+    state.extra.update(best=0.0, seen=[])
+    saver.engine.restore(state)
+    assert torch.equal(generator.weight, want)
+    assert torch.equal(averaged, torch.ones(3)), "a tensor is restored in place"
+    assert state.extra["best"] == 0.5
+    assert state.extra["seen"] == [1, 2]
+
+
+def test_files_open_with_safetensors_and_the_index_names_every_tensor(saver: Saver, root: Path) -> None:
+    model, optim, _ = trained()
+    info = saver.save(TrainState(model=model, optimizer=optim), step=1200)
+    assert info.uri == str(root / "step_00001200-a1")
+    assert info.id == "r1/step_00001200-a1"
+    loaded = load_file(Path(info.uri) / "model" / "model-00001-of-00001.safetensors")
+    assert_same(dict(model.state_dict()), loaded)
+    network().load_state_dict(loaded)
+    for group in ("model", "optim"):
+        index = json.loads((Path(info.uri) / group / f"{group}.safetensors.index.json").read_text())
+        for name, file in index["weight_map"].items():
+            assert name in load_file(Path(info.uri) / group / file)
+
+
+def test_it_works_on_a_pyarrow_filesystem() -> None:
+    saver = Saver(Storage("mock:///runs").join("r1", "checkpoints"), keep_last=2)
+    model, optim, _ = trained()
+    state = TrainState(model=model, optimizer=optim)
+    for step in (1, 2, 3):
+        saver.save(state, step)
+    assert [entry.name for entry in saver.storage.entries()] == ["step_00000002-a1", "step_00000003-a1"]
+    assert saver.restored_step(state) == 3
+
+
+def test_a_model_inside_a_compiled_one_has_its_own_names(saver: Saver) -> None:
+    compiled = nn.Module()
+    compiled._orig_mod = nn.Linear(2, 2)  # what torch.compile gives, without the seconds that it takes
+    saver.save(TrainState(model=compiled), step=1)
+    saver.engine.restore(TrainState(model=nn.Linear(2, 2)))
+
+
+def test_the_same_step_twice_makes_two(saver: Saver) -> None:
+    state = TrainState(model=nn.Linear(1, 1))
+    names = [saver.save(state, 5).id for _ in range(3)]
+    assert names == ["r1/step_00000005-a1", "r1/step_00000005-a1.2", "r1/step_00000005-a1.3"]
+
+
+def test_what_cannot_be_stored_is_named_and_leaves_nothing(saver: Saver, root: Path) -> None:
+    with pytest.raises(StateRefused, match=r"extra\.thing is a builtins\.object"):
+        saver.save(TrainState(model=nn.Linear(1, 1), thing=object()), step=1)
+    assert list(root.iterdir()) == []
+
+
+def test_another_model_is_a_mismatch_and_no_damage(saver: Saver, root: Path) -> None:
+    saver.save(TrainState(model=nn.Linear(2, 2)), step=1)
+    for other in (TrainState(model=nn.Linear(3, 3)), TrainState(model=nn.Linear(2, 2), ema=1), TrainState()):
+        with pytest.raises(CheckpointMismatch):
+            saver.engine.restore(other)
+    assert saver.diary.events == []
+    assert saver.restored_step(TrainState(model=nn.Linear(2, 2))) == 1
+
+
+# -- damage --------------------------------------------------------------------------------------------------
+
+
+def two_saved(saver: Saver) -> tuple[TrainState, Path]:
+    """A state saved at steps 1 and 2, and the newer one's directory."""
+    model, optim, _ = trained()
+    state = TrainState(model=model, optimizer=optim)
+    saver.save(state, step=1)
+    return state, Path(saver.save(state, step=2).uri)
+
+
+FILES = (
+    "MANIFEST.json",
+    "state.json",
+    "rank-0000.json",
+    "model/model-00001-of-00001.safetensors",
+    "model/model.safetensors.index.json",
+    "optim/optim-00001-of-00001.safetensors",
+)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "missing": lambda path: path.unlink(),
+}
+
+
+TENSORS, TEXT = "optim/optim-00001-of-00001.safetensors", "MANIFEST.json"
+ALL_DAMAGES = [(file, damage) for file in FILES for damage in DAMAGES if file in (TENSORS, TEXT) or damage == "flipped"]
+
+
+@pytest.mark.parametrize(("file", "damage"), ALL_DAMAGES)
+def test_a_damaged_checkpoint_is_never_used_and_the_older_one_is(saver: Saver, file: str, damage: str) -> None:
+    state, newer = two_saved(saver)
+    DAMAGES[damage](newer / file)
+    assert saver.restored_step(state) == 1
+    if (file, damage) != ("MANIFEST.json", "missing"):  # without a manifest there never was a checkpoint
+        assert saver.diary.events == ["checkpoint-quarantined", *["checkpoint-fallback"] * (file != "MANIFEST.json")]
+        assert not (newer / "MANIFEST.json").exists()
+    again = Saver(saver.storage)
+    assert again.restored_step(state) == 1
+    assert again.diary.events == [], "a quarantined one is not looked at again"
+
+
+def test_verify_finds_damage_in_files_of_other_ranks_too(saver: Saver) -> None:
+    _, newer = two_saved(saver)
+    storage = Storage(str(newer))
+    verify(storage, read_manifest(storage))
+    flip(newer / "rank-0000.json")
+    with pytest.raises(CheckpointCorrupt, match="rank-0000"):
+        verify(storage, read_manifest(storage))
+
+
+def test_when_nothing_valid_is_left_the_training_says_so(saver: Saver) -> None:
+    state, newer = two_saved(saver)
+    for directory in newer.parent.iterdir():
+        flip(directory / "state.json")
+    assert saver.restored_step(state) is None
+    assert saver.diary.events == ["checkpoint-quarantined"] * 2 + ["checkpoint-fallback"]
+
+
+def test_an_extra_file_does_not_matter(saver: Saver) -> None:
+    state, newer = two_saved(saver)
+    (newer / "model" / "notes.txt").write_text("mine")
+    (newer.parent / "my-backup").mkdir()
+    assert saver.restored_step(state) == 2
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(saver: Saver, tmp_path: Path) -> None:
+    state, newer = two_saved(saver)
+    (newer / "state.json").rename(tmp_path / "state.json")
+    (newer / "state.json").symlink_to(tmp_path / "state.json")
+    assert saver.restored_step(state) == 1
+
+
+def test_storage_that_does_not_answer_is_no_damage(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, newer = two_saved(saver)
+
+    def stalled(self: Storage, path: str) -> int:
+        raise OSError(errno.EIO, "the disk is on fire")
+
+    monkeypatch.setattr(Storage, "size_bytes", stalled)
+    with pytest.raises(Unreadable, match="on fire"):
+        saver.engine.restore(state)
+    monkeypatch.undo()
+    assert saver.restored_step(state) == 2
+
+
+# -- crashes -------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def failing_after(count: int, real: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+    """`real`, which works `count` times and then fails once and for all."""
+    left = count
+
+    def call(*arguments: Any) -> Any:
+        nonlocal left
+        if left == 0:
+            raise error
+        left -= 1
+        return real(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "mkdir"])
+def test_a_crash_at_any_write_leaves_the_older_one(saver: Saver, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    model, optim, _ = trained()
+    state = TrainState(model=model, optimizer=optim)
+    saver.save(state, step=1)
+    crashes = 0
+    while crashes < 100:
+        crashing = Saver(saver.storage, attempt=2 + crashes)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing_after(crashes, getattr(os, call), Killed()))
+            try:
+                crashing.save(state, step=2)
+                break
+            except Killed:
+                crashes += 1
+        found = Saver(saver.storage).restored_step(state)
+        committed = (saver.storage.join(f"step_00000002-a{1 + crashes}")).exists("MANIFEST.json")
+        assert found == (2 if committed else 1)
+        if committed:  # it died after the manifest had its name: that is a checkpoint
+            catalog.remove(saver.storage, f"step_00000002-a{1 + crashes}")
+    assert 3 <= crashes < 100
+    Saver(saver.storage, attempt=1000).save(state, step=3)
+    assert catalog.scan(saver.storage).incomplete == (), "what the crashes left is swept"
+
+
+def test_a_full_disk_at_any_write_fails_the_save_and_nothing_else(
+    saver: Saver, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainState(model=nn.Linear(2, 2))
+    saver.save(state, step=1)
+    failures = 0
+    while True:
+        with monkeypatch.context() as patch:
+            no_space = OSError(errno.ENOSPC, "No space left on device")
+            patch.setattr(os, "replace", failing_after(failures, os.replace, no_space))
+            try:
+                saver.save(state, step=2)
+                break
+            except SaveFailed:
+                failures += 1
+        assert [each.name for each in root.iterdir() if (each / "MANIFEST.json").exists()] == ["step_00000001-a1"]
+        assert saver.restored_step(state) == 1
+    assert failures >= 4
+    assert saver.restored_step(state) == 2
+
+
+# -- keeping -------------------------------------------------------------------------------------------------
+
+
+def test_old_ones_are_deleted_manifest_first_after_the_new_one_is_there(root: Path, monkeypatch: Any) -> None:
+    saver = Saver(Storage(str(root)), keep_last=2, keep_best=1, best_metric="accuracy")
+    state = TrainState(model=nn.Linear(1, 1))
+    for step, accuracy in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], start=1):
+        saver.save(state, step, accuracy=accuracy)
+    assert [entry.name for entry in saver.storage.entries()] == [f"step_{n:08d}-a1" for n in (2, 4, 5)]
+    told = [(info.step, info.state.value) for info in saver.diary.checkpoints]
+    assert [entry for entry in told if entry[1] == "deleted"] == [(1, "deleted"), (3, "deleted")]
+    assert told.index((3, "committed")) < told.index((1, "deleted"))
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(Killed):
+        catalog.remove(saver.storage, "step_00000005-a1")
+    assert (root / "step_00000005-a1" / "state.json").exists(), "the deletion was interrupted"
+    assert Saver(saver.storage).restored_step(state) == 4
+
+
+def test_a_pinned_one_stays(root: Path) -> None:
+    saver = Saver(Storage(str(root)), keep_last=1)
+    state = TrainState(model=nn.Linear(1, 1))
+    saver.save(state, 1)
+    (root / "step_00000001-a1" / catalog.PINNED).write_text("")
+    saver.save(state, 2)
+    saver.save(state, 3)
+    assert [entry.name for entry in saver.storage.entries()] == ["step_00000001-a1", "step_00000003-a1"]
+
+
+def test_a_failing_deletion_costs_no_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(Storage(str(root)), keep_last=1)
+    state = TrainState(model=nn.Linear(1, 1))
+    saver.save(state, 1)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "not yours")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    saver.save(state, 2)
+    assert saver.diary.events == ["checkpoint-retention-failed"]
+    assert saver.restored_step(state) == 2

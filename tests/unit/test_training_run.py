@@ -1,0 +1,445 @@
+"""The run object on one rank: steps, reports, resuming, and what is told to the record."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from orchestrator.backends.storage import UnsafePath
+from orchestrator.checkpoints.engine import SaveFailed, StateRefused
+from orchestrator.checkpoints.policy import CheckpointPolicy
+from orchestrator.clock import ManualClock
+from orchestrator.errors import UserError
+from orchestrator.examples import digits, first_job
+from orchestrator.records import Fact, FactKind, RunTicket
+from orchestrator.training.run import Run, RunStopped
+
+torch.set_num_threads(1)
+
+
+class MemoryRecorder:
+    """Keeps what a run records."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int | None, dict[str, float]]] = []
+        self.all_facts: list[Fact] = []
+        self.stop_at: int | None = None
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        plain = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()}
+        self.points.append((step, {key: float(value) for key, value in plain.items()}))
+
+    def fact(self, fact: Fact) -> None:
+        self.all_facts.append(fact)
+
+    def stop_requested(self) -> bool:
+        return self.stop_at is not None and bool(self.points) and (self.points[-1][0] or 0) >= self.stop_at
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+    def facts(self, kind: FactKind) -> list[Mapping[str, Any]]:
+        return [fact.data for fact in self.all_facts if fact.kind is kind]
+
+
+def new_run(directory: Path, attempt: int = 1, **settings: Any) -> tuple[Run, MemoryRecorder]:
+    recorder = MemoryRecorder()
+    ticket = RunTicket(run="r1", name="brave-owl", experiment="e", attempt=attempt, directory=str(directory))
+    return Run(ticket, recorder, **{"clock": ManualClock(), **settings}), recorder
+
+
+# -- steps and reports ---------------------------------------------------------------------------------------
+
+
+def test_log_counts_steps_and_report_records_at_the_last_one(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    run.log({"a": 1})
+    run.log({"a": 2})
+    run.report({"b": 3})
+    run.log({"a": 4})
+    assert [step for step, _ in recorder.points] == [1, 2, 2, 3]
+    assert run.step == 3
+
+
+def test_report_alone_counts_steps_too(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    for _ in range(3):
+        run.report({"a": 1})
+    assert [step for step, _ in recorder.points] == [1, 2, 3]
+
+
+def test_a_given_step_is_kept_and_never_turns_the_count_back(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    run.log({"a": 1}, step=10)
+    run.log({"a": 1}, step=3)
+    run.log({"a": 1})
+    assert [step for step, _ in recorder.points] == [10, 3, 11]
+
+
+def test_report_saves_when_the_policy_says_so(tmp_path: Path) -> None:
+    policy = CheckpointPolicy(every_steps=2, every_epochs=0, best_metric="acc", keep_last=0)
+    run, recorder = new_run(tmp_path, checkpoints=policy)
+    state = run.state(model=nn.Linear(1, 1))
+    saved = [run.report({"acc": value}, state=state) for value in (0.5, 0.4, 0.3, 0.2, 0.6)]
+    assert [info.step if info else None for info in saved] == [1, 2, None, 4, 5]
+    assert [info.is_best for info in saved if info] == [True, False, False, True]
+    assert [data["id"] for data in recorder.facts(FactKind.checkpoint)] == [info.id for info in saved if info]
+    assert saved[0] is not None
+    assert saved[0].metrics == {"acc": 0.5}
+
+
+def test_best_true_saves_always(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path, checkpoints=CheckpointPolicy(every_epochs=0))
+    state = run.state(model=nn.Linear(1, 1))
+    info = run.report({}, state=state, best=True)
+    assert info is not None
+    assert info.is_best
+    assert Path(info.uri, "MANIFEST.json").exists()
+
+
+def test_minutes_are_those_of_the_clock(tmp_path: Path) -> None:
+    clock = ManualClock()
+    run, _ = new_run(tmp_path, checkpoints=CheckpointPolicy(every_epochs=0, every_minutes=1), clock=clock)
+    state = run.state(model=nn.Linear(1, 1))
+    assert run.report(state=state) is None
+    clock.advance(60)
+    assert run.report(state=state) is not None
+    assert run.report(state=state) is None
+
+
+def test_a_stop_saves_and_then_ends_the_training(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path, checkpoints=CheckpointPolicy(every_epochs=0))
+    run.state(model=nn.Linear(1, 1))
+    recorder.stop_at = 2
+    run.report({"a": 1})
+    with pytest.raises(RunStopped):
+        run.report({"a": 1})
+    assert [data["step"] for data in recorder.facts(FactKind.checkpoint)] == [2]
+
+
+def test_except_exception_does_not_swallow_a_stop(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    recorder.stop_at = 0
+
+    def careless() -> None:
+        with suppress(Exception):
+            run.report({"a": 1})
+
+    with pytest.raises(RunStopped):
+        careless()
+
+
+def test_a_failing_periodic_save_is_an_event_and_an_asked_one_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recorder = new_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert run.report({"a": 1}, state=state) is None
+    (event,) = recorder.facts(FactKind.event)
+    assert event["kind"] == "checkpoint-failed"
+    assert event["level"] == "error"
+    assert "No space left" in event["message"]
+    with pytest.raises(SaveFailed, match="No space left"):
+        run.save(state)
+
+
+def test_a_state_that_cannot_be_stored_ends_the_training_at_once(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path)
+    with pytest.raises(StateRefused, match="thing"):
+        run.report({}, state=run.state(thing=object()))
+
+
+def test_finish_saves_what_is_newer_than_the_last_checkpoint(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path, checkpoints=CheckpointPolicy(every_epochs=0, best_metric="never-given"))
+    run.state(model=nn.Linear(1, 1))
+    run.finish()
+    assert recorder.facts(FactKind.checkpoint) == []
+    run.log({"a": 1})
+    run.finish()
+    run.finish()
+    assert [data["step"] for data in recorder.facts(FactKind.checkpoint)] == [1]
+    assert recorder.facts(FactKind.event)[0]["kind"] == "best-metric-missing"
+
+
+def test_a_metric_that_is_not_finite_is_told_as_text(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    run.report({"loss": float("nan")}, state=run.state(model=nn.Linear(1, 1)))
+    assert recorder.facts(FactKind.checkpoint)[0]["metrics"] == {"loss": "nan"}
+
+
+# -- resuming ------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train(run: Run, epochs: int, *, every_batch: bool = False, die_at: int | None = None) -> nn.Module:
+    """Shuffling, dropout, momentum, a schedule, running means: what makes a resume differ when it is forgotten."""
+    torch.manual_seed(1)  # the data is the same always
+    data = TensorDataset(torch.randn(50, 6), torch.randn(50, 2))
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 2))
+    model, loader = run.prepare(model, DataLoader(data, batch_size=8, shuffle=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.8)
+    state = run.state(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
+    torch.rand(3)  # draws between state and loop must not matter
+    for _ in run.epochs(epochs):
+        model.train()
+        for inputs, targets in loader:
+            loss = (model(inputs) - targets).square().mean() * (1 + random.random() + np.random.rand())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            run.log({"loss": loss.item()})
+            if every_batch:
+                run.report(state=state)
+            if run.step == die_at:
+                raise Interrupted
+        model.eval()
+        run.report({"val": model(data.tensors[0]).mean().item()}, state=state)
+    return model
+
+
+def uninterrupted(directory: Path, epochs: int) -> tuple[nn.Module, dict[tuple[int, str], float]]:
+    run, recorder = new_run(directory, seed=3)
+    return train(run, epochs), curve(recorder)
+
+
+def curve(*recorders: MemoryRecorder) -> dict[tuple[int, str], float]:
+    """Value by (step, key); what a later attempt did again must be the same."""
+    points: dict[tuple[int, str], float] = {}
+    for recorder in recorders:
+        for step, metrics in recorder.points:
+            for key, value in metrics.items():
+                assert step is not None
+                assert points.setdefault((step, key), value) == value
+    return points
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    for (name, left), right in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize(
+    ("policy", "every_batch", "die_at"),
+    [
+        ({}, False, 16),  # in the third epoch: the checkpoint is from the end of the second
+        ({"every_steps": 3, "every_epochs": 0}, True, 17),  # in the middle of an epoch
+        ({"every_steps": 7, "every_epochs": 0}, True, 14),  # right after the last batch of an epoch
+    ],
+)
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, policy: dict[str, Any], every_batch: bool, die_at: int
+) -> None:
+    want, points = uninterrupted(tmp_path / "a", epochs=4)
+    first, recorded = new_run(tmp_path / "b", seed=3, checkpoints=CheckpointPolicy(**policy))
+    with pytest.raises(Interrupted):
+        train(first, 4, every_batch=every_batch, die_at=die_at)
+    second, continued = new_run(tmp_path / "b", attempt=2, seed=3, checkpoints=CheckpointPolicy(**policy))
+    model = train(second, 4, every_batch=every_batch)
+    assert_equal(model, want)
+    assert curve(recorded, continued) == points
+    assert len(continued.points) < len(points), "it did not start from the beginning"
+    (resumed,) = [event for event in continued.facts(FactKind.event) if event["kind"] == "resumed"]
+    assert resumed["details"]["is_exact"] is True
+
+
+def test_a_run_that_was_complete_has_no_epochs_left(tmp_path: Path) -> None:
+    want, _ = uninterrupted(tmp_path, epochs=2)
+    run, recorder = new_run(tmp_path, attempt=2, seed=3)
+    assert_equal(train(run, 2), want)
+    assert recorder.points == []
+    assert run.step == 14
+
+
+def test_resume_false_starts_from_the_beginning(tmp_path: Path) -> None:
+    uninterrupted(tmp_path, epochs=1)
+    run, recorder = new_run(tmp_path, attempt=2, seed=3, resume=False)
+    train(run, 1)
+    assert recorder.points[0][0] == 1
+
+
+def test_damage_falls_back_to_the_older_one_and_is_told(tmp_path: Path) -> None:
+    want, _ = uninterrupted(tmp_path, epochs=3)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    data = (newest / "model" / "model-00001-of-00001.safetensors").read_bytes()
+    (newest / "model" / "model-00001-of-00001.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    run, recorder = new_run(tmp_path, attempt=2, seed=3)
+    assert_equal(train(run, 3), want)
+    kinds = [event["kind"] for event in recorder.facts(FactKind.event)]
+    assert kinds == ["checkpoint-quarantined", "checkpoint-fallback", "resumed"]
+    assert recorder.facts(FactKind.checkpoint)[0]["state"] == "quarantined"
+
+
+def test_a_resume_that_is_not_exact_says_why(tmp_path: Path) -> None:
+    uninterrupted(tmp_path, epochs=1)
+    run, recorder = new_run(tmp_path, attempt=2, seed=4, config_hash="other")
+    train(run, 2)
+    event = recorder.facts(FactKind.event)[0]
+    assert event["details"]["is_exact"] is False
+    assert event["details"]["why"] == ["the config changed", "seed 3 then, 4 now"]
+
+
+def test_the_best_value_survives_a_resume(tmp_path: Path) -> None:
+    policy = CheckpointPolicy(every_epochs=0, best_metric="acc")
+    for attempt, value, is_saved in ((1, 0.5, True), (2, 0.4, False), (3, 0.6, True)):
+        run, _ = new_run(tmp_path, attempt=attempt, checkpoints=policy)
+        state = run.state(model=nn.Linear(1, 1))
+        assert (run.report({"acc": value}, state=state) is not None) == is_saved
+
+
+def test_the_one_shuffled_loader_belongs_to_the_state(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path)
+    dataset = TensorDataset(torch.arange(4))
+    loader, other = run.prepare(DataLoader(dataset, shuffle=True), DataLoader(dataset))
+    assert run.state().loader is loader
+    assert run.state(loader=other).loader is other
+
+
+# -- preparing -----------------------------------------------------------------------------------------------
+
+
+def test_prepare_leaves_other_things_alone(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path)
+    thing, model = object(), nn.Linear(1, 1)
+    assert run.prepare(thing) is thing
+    assert run.prepare(model, thing) == (model, thing)
+    loader = run.prepare(DataLoader(TensorDataset(torch.arange(4))))
+    assert run.prepare(loader) is loader
+
+
+def test_accumulate_completes_a_step_every_n_batches_and_at_the_end(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path, accumulation_steps=3)
+    model, loader = run.prepare(nn.Linear(1, 1), DataLoader(TensorDataset(torch.zeros(7, 1)), shuffle=True))
+    completes = []
+    for _ in loader:
+        with run.accumulate(model) as is_complete:
+            completes.append(is_complete)
+    assert completes == [False, False, True, False, False, True, True]
+
+
+def test_seeds_make_runs_repeatable_and_ranks_different(tmp_path: Path) -> None:
+    def draws(seed: int) -> tuple[float, float, float]:
+        new_run(tmp_path, seed=seed)
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    assert draws(1) == draws(1)
+    assert not set(draws(1)) & set(draws(2))
+
+
+# -- the record ----------------------------------------------------------------------------------------------
+
+
+def test_params_are_flat_and_plain(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    run.params({"optim": {"lr": 0.1, "betas": (0.9, 0.99)}, "n": np.int64(3), "x": float("inf"), "d": torch.float32})
+    told = {data["name"]: data["value"] for data in recorder.facts(FactKind.param)}
+    assert told == {"optim.lr": 0.1, "optim.betas": [0.9, 0.99], "n": 3, "x": "inf", "d": "torch.float32"}
+
+
+def test_tags_notes_events_and_metrics_are_told(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    run.tags({"team": "a", "n": 1})
+    run.note("it works")
+    run.log({"a": 1})
+    run.event("lr-drop", "plateau", lr=1e-4)
+    run.metric("val/accuracy", unit="%", direction="max")
+    assert recorder.facts(FactKind.tag) == [{"name": "team", "value": "a"}, {"name": "n", "value": "1"}]
+    assert recorder.facts(FactKind.note) == [{"text": "it works"}]
+    assert recorder.facts(FactKind.event) == [
+        {"kind": "lr-drop", "message": "plateau", "level": "info", "step": 1, "details": {"lr": 1e-4}}
+    ]
+    assert recorder.facts(FactKind.metric) == [{"name": "val/accuracy", "unit": "%", "direction": "max"}]
+
+
+@pytest.mark.parametrize("wrong", [{"direction": "up"}, {"reduction": "median"}])
+def test_a_metric_that_means_nothing_is_refused(tmp_path: Path, wrong: dict[str, str]) -> None:
+    run, _ = new_run(tmp_path)
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        run.metric("a", **wrong)
+
+
+def test_artifacts_are_copied_and_hashed(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path / "run")
+    source = tmp_path / "table.csv"
+    source.write_text("a,b\n")
+    uri = run.artifact(source)
+    run.artifact(b"x", "deep/blob")
+    assert Path(uri) == tmp_path / "run" / "artifacts" / "table.csv"
+    assert Path(uri).read_text() == "a,b\n"
+    first, second = recorder.facts(FactKind.artifact)
+    assert first["sha256"] == hashlib.sha256(b"a,b\n").hexdigest()
+    assert (first["size_bytes"], first["media_type"]) == (4, "text/csv")
+    assert second["name"] == "deep/blob"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../../x"])
+def test_artifacts_stay_inside_the_run(tmp_path: Path, name: str) -> None:
+    run, _ = new_run(tmp_path)
+    with pytest.raises(UnsafePath):
+        run.artifact(b"x", name)
+
+
+def test_artifacts_that_cannot_be_are_named(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path)
+    with pytest.raises(UserError, match="no-such-file"):
+        run.artifact(tmp_path / "no-such-file")
+    with pytest.raises(UserError, match="name"):
+        run.artifact(b"x")
+
+
+def test_figures_are_drawn_or_taken_as_they_are(tmp_path: Path) -> None:
+    class Figure:
+        def savefig(self, file: Any, format: str) -> None:
+            file.write(format.encode())
+
+    run, _ = new_run(tmp_path)
+    assert Path(run.figure("curve", Figure())).read_bytes() == b"png"
+    assert Path(run.figure("curve.svg", Figure())).read_bytes() == b"svg"
+    assert Path(run.figure("photo.jpg", b"jpeg")).read_bytes() == b"jpeg"
+    with pytest.raises(UserError, match="matplotlib"):
+        run.figure("x", 1)
+
+
+# -- examples ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_job_learns(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    first_job.train(run, SimpleNamespace(epochs=3, lr=0.05))
+    losses = [metrics["epoch_loss"] for _, metrics in recorder.points if "epoch_loss" in metrics]
+    assert losses[-1] < losses[0] < 1
+
+
+def test_the_digits_job_learns_and_leaves_a_confusion_matrix(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    digits.train(run, digits.DigitsConfig(epochs=2, hidden=8, batch_size=64))
+    assert recorder.points[-1][1]["val/accuracy"] > 0.8
+    rows = (tmp_path / "artifacts" / "confusion.csv").read_text().splitlines()
+    assert len(rows) == 11
+    assert sum(int(value) for row in rows[1:] for value in row.split(",")[1:]) == 360
+
+
+def test_without_scikit_learn_the_digits_job_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'ray-orchestrator\[demo\]'"):
+        digits.datasets(0.2)
