@@ -1,0 +1,86 @@
+"""Starts our services on the stack's cluster: `python -P -m actors.bootstrap --home DIR`. Idempotent.
+
+A service that runs with other settings than the stack's (another database, say) is replaced; its state is in files
+and PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.stack import Stack
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="actors.bootstrap", description=__doc__)
+    parser.add_argument("--home", required=True)
+    arguments = parser.parse_args(argv)
+    stack = Stack.load(Path(arguments.home))
+    os.environ.update(stack.client_environment())
+    started = start_services(stack)
+    print(json.dumps(started))
+    return 0
+
+
+def start_services(stack: Stack) -> dict[str, Any]:
+    """Starts what is not there and waits until each answers. Returns what each says of itself."""
+    import ray
+
+    from actors import mirrors, node_agents, tracker
+
+    ray.init(address=stack.ray_address, namespace="orc", log_to_driver=False, logging_level=logging.ERROR)
+    home = Path(stack.home)
+    spools = stack.spool_directory
+    tracker_settings = {
+        "log_directory": str(home / "wal"),
+        "database_url": stack.database_url,
+        "spool_directory": spools,
+        "lease": 15.0,
+    }
+    mirror_settings = {"database_url": stack.database_url, "tracking_uri": stack.mlflow_uri}
+    described = {"tracker": _start(tracker.start, tracker_settings, tracker.OPTIONS.name)}
+    if stack.mlflow_uri:
+        described["mirror"] = _start(mirrors.start, mirror_settings, mirrors.OPTIONS.name)
+    for node_id in node_agents.alive_nodes():
+        agent = node_agents.start(node_id, spool_directory=spools)
+        described[node_agents.options(node_id).name] = ray.get(agent.describe.remote(), timeout=60)
+    return described
+
+
+def _start(start: Any, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    import ray
+
+    wanted = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    actor = start(**settings, settings=wanted)
+    described = ray.get(actor.describe.remote(), timeout=60)
+    if described["settings"] != wanted:
+        ray.kill(actor, no_restart=True)
+        _wait_until_gone(name)
+        actor = start(**settings, settings=wanted)
+        described = ray.get(actor.describe.remote(), timeout=60)
+    return described
+
+
+def _wait_until_gone(name: str) -> None:
+    import ray
+
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(name, namespace="orc")
+        except ValueError:
+            return
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

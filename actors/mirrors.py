@@ -1,0 +1,18 @@
+"""The MLflow mirror: one on the head, beside the tracker, never on the training path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from actors.options import ON_HEAD, ActorOptions
+from orchestrator.execution.handles import MIRROR, NAMESPACE
+from orchestrator.execution.services import MirrorProcess
+
+OPTIONS = ActorOptions(name=MIRROR, namespace=NAMESPACE, resources=ON_HEAD, max_concurrency=4)
+
+
+def start(*, database_url: str, tracking_uri: str, settings: str) -> Any:
+    """The running mirror, started if there is none."""
+    return ray.remote(MirrorProcess).options(**OPTIONS.to_ray()).remote(database_url, tracking_uri, settings)

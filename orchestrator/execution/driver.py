@@ -1,0 +1,531 @@
+"""One attempt of one run, from a composed config to its end. Runs in the driver: `orc run`, or the entry point of a
+Ray job.
+
+The driver waits, renews the attempt's lease, and says how it ended. It carries no data: metrics go from the workers'
+spools to the
+tracker. Whatever happens to it, what was logged arrives, and a driver that vanishes is noticed by its lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator.config import (
+    ClusterCapacity,
+    Enabled,
+    Job,
+    NodeCapacity,
+    SecretFilter,
+    Settings,
+    check_resources,
+    redact_text,
+    redact_url,
+    render,
+)
+from orchestrator.errors import ConfigError, ServiceUnavailable, UserError
+from orchestrator.execution.worker import STOPPED, Plan, local_directory, log_path
+from orchestrator.failures.classify import Evidence, Finding, RankFailed, first_cause, may_restart
+from orchestrator.provenance.capture import capture
+from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
+from orchestrator.stack import Stack
+from orchestrator.tracking.logger import Logger
+
+logger = logging.getLogger(__name__)
+
+GRACE = 20.0
+"""Seconds that the ranks have to reach their next `report` after a request to stop."""
+FLUSH = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveView:
+    """What is known of a running attempt at one moment."""
+
+    run: str
+    epoch: int | None
+    step: int
+    metrics: Mapping[str, float]
+    rate: float
+    """Points per second."""
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an attempt ended."""
+
+    run: str
+    name: str
+    experiment: str
+    attempt: int
+    status: RunStatus
+    reason: str
+    directory: str
+    summaries: Mapping[str, float] = field(default_factory=dict)
+    """Newest value per key."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    error: Mapping[str, Any] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+
+class Progress(Protocol):
+    """Who watches. All methods return at once."""
+
+    def started(self, ticket: RunTicket) -> None: ...
+    def phase(self, what: str) -> None: ...
+    def update(self, view: LiveView) -> None: ...
+    def finished(self, outcome: Outcome) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def started(self, ticket: RunTicket) -> None: ...
+    def phase(self, what: str) -> None: ...
+    def update(self, view: LiveView) -> None: ...
+    def finished(self, outcome: Outcome) -> None: ...
+
+
+def train(job: Job, *, home: Path | None = None, progress: Progress | None = None) -> Outcome:
+    """Runs `job` once on the stack of `home` and waits for its end.
+
+    Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable. A run that
+    fails does not
+    raise: the outcome says so.
+    """
+    progress = progress or Silent()
+    stack = Stack.load(home)
+    progress.phase("connecting")
+    tracker = connect(stack)
+    check_stack(job.settings, stack)
+    check_resources(job.settings, _capacity())
+    spec = _spec(job, stack)
+    try:
+        return _attempts(job, stack, tracker, spec, progress)
+    finally:
+        _disconnect()
+
+
+def _attempts(job: Job, stack: Stack, tracker: Any, spec: RunSpec, progress: Progress) -> Outcome:
+    """Attempts of one run, until one ends in a way that another would not mend, or the restarts are used up."""
+    restarts = 0
+    while True:
+        ticket = tracker.open_run(spec)
+        progress.started(ticket)
+        outcome = _Attempt(job, stack, tracker, ticket, progress).run()
+        if not may_restart(outcome.status, outcome.error, restarts, job.settings.failures.max_restarts):
+            return outcome
+        pause = min(2.0**restarts, 60.0)
+        restarts += 1
+        progress.phase(f"restarting in {pause:.0f} s ({restarts} of {_limit(job.settings.failures.max_restarts)})")
+        time.sleep(pause)
+        spec = replace(spec, run=outcome.run)
+
+
+def _limit(most: int) -> str:
+    return "any number" if most < 0 else str(most)
+
+
+class _Attempt:
+    """The life of one attempt in the driver."""
+
+    def __init__(self, job: Job, stack: Stack, tracker: Any, ticket: RunTicket, progress: Progress) -> None:
+        self._job, self._stack, self._tracker, self._ticket, self._progress = job, stack, tracker, ticket, progress
+        self._started = time.monotonic()
+        self._signal = ""
+        self._stop_since: float | None = None
+        self._abort = False
+        self._spools = tracker.describe()["spool_directory"]
+        self._facts = Logger(Path(self._spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
+
+    def run(self) -> Outcome:
+        log = log_path(self._ticket, rank=-1)
+        with _signals(self._on_signal), _log_file(log, self._job.secrets):
+            logger.info("attempt %d of run %s begins", self._ticket.attempt, self._ticket.run)
+            try:
+                self._describe()
+                status, reason, error = self._train()
+            except UserError as problem:
+                status, reason, error = (
+                    RunStatus.failed,
+                    str(problem),
+                    {"type": type(problem).__name__, "message": str(problem)},
+                )
+            except Exception as problem:
+                # Our own defect must leave a terminal state behind, and be seen.
+                logger.exception("the driver failed")
+                status, reason, error = (
+                    RunStatus.failed,
+                    f"the orchestrator failed: {problem}",
+                    {"type": type(problem).__name__},
+                )
+            logger.info("it ended %s %s", status.value, redact_text(reason, self._job.secrets))
+            return self._finish(status, reason, error)
+
+    # -- the three parts
+    # ---------------------------------------------------------------------------------------------------
+
+    def _describe(self) -> None:
+        directory = Path(local_directory(self._ticket))
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_config(directory, self._job)
+        provenance = capture()
+        provenance["command"] = [redact_text(word, self._job.secrets) for word in provenance["command"]]
+        self._fact(FactKind.provenance, provenance)
+
+    def _train(self) -> tuple[RunStatus, str, Mapping[str, Any]]:
+        self._progress.phase("starting workers")
+        fit = _Background(self._fit)
+        fit.start()
+        beat = 0.0
+        while not fit.done.wait(0.25):
+            now = time.monotonic()
+            if now - beat >= self._job.settings.tracking.heartbeat:
+                beat = now
+                self._heartbeat()
+            self._show()
+            if self._must_abort(now):
+                return RunStatus.cancelled, self._stop_reason() + " (workers were ended after the grace time)", {}
+        self._show()
+        if fit.error is None:
+            if fit.value == STOPPED:
+                return RunStatus.cancelled, self._stop_reason(), {}
+            return RunStatus.finished, "", {}
+        if self._stop_since is not None:
+            return RunStatus.cancelled, self._stop_reason(), {}
+        finding = _finding(fit.error, self._job.secrets)
+        return finding.status, finding.reason, finding.error()
+
+    def _finish(self, status: RunStatus, reason: str, error: Mapping[str, Any]) -> Outcome:
+        self._progress.phase("saving the record")
+        self._fact(FactKind.status, {"status": status.value, "reason": reason, "error": dict(error) or None})
+        if not self._facts.wait_committed(0.5 if self._abort else FLUSH):
+            logger.warning(
+                "the record is not in PostgreSQL yet; it will be as soon as the tracker and the database answer"
+            )
+        self._facts.close()
+        live = self._live()
+        outcome = Outcome(
+            run=self._ticket.run,
+            name=self._ticket.name,
+            experiment=self._ticket.experiment,
+            attempt=self._ticket.attempt,
+            status=status,
+            reason=reason,
+            directory=self._ticket.directory,
+            summaries={key: value["value"] for key, value in live.get("metrics", {}).items()},
+            links=self._links(),
+            error=error,
+            elapsed=time.monotonic() - self._started,
+        )
+        self._progress.finished(outcome)
+        return outcome
+
+    # -- details
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _fit(self) -> Any:
+        from orchestrator.execution.trainer import torch_trainer
+
+        settings = self._job.settings
+        per_worker: dict[str, float] = {"CPU": settings.resources.cpus_per_worker}
+        if settings.resources.gpus_per_worker:
+            per_worker["GPU"] = settings.resources.gpus_per_worker
+        if settings.resources.memory_gb_per_worker:
+            per_worker["memory"] = settings.resources.memory_gb_per_worker * 1e9
+        trainer = torch_trainer(
+            self._plan(),
+            workers=settings.resources.workers,
+            resources_per_worker=per_worker,
+            placement=settings.resources.placement.value.upper(),
+            storage=str(Path(self._stack.home) / "ray" / "train"),
+        )
+        return trainer.fit().return_value
+
+    def _plan(self) -> Plan:
+        settings = self._job.settings
+        return Plan(
+            ticket=self._ticket,
+            train=self._job.train,
+            user=self._job.user,
+            spool_directory=self._spools,
+            spool_bytes=settings.tracking.spool_mb << 20,
+            flush_timeout=settings.tracking.flush_timeout,
+            seed=settings.run.seed,
+            checkpoints=asdict(settings.checkpoints),
+            config_hash=self._job.hash,
+            secrets=self._job.secrets,
+            code_paths=_code_paths(),
+            threads=max(int(settings.resources.cpus_per_worker), 1),
+        )
+
+    def _heartbeat(self) -> None:
+        try:
+            stop = self._tracker.heartbeat(self._ticket.run, self._ticket.attempt)
+        except (ConnectionError, TimeoutError):
+            return
+        if stop and self._stop_since is None:
+            self._stop_since = time.monotonic()
+            self._progress.phase("stopping: cancelled")
+
+    def _on_signal(self, number: int) -> None:
+        """First signal: ask the ranks to stop at their next report. A second one: now."""
+        if self._signal:
+            self._abort = True
+        self._signal = signal.Signals(number).name
+        if self._stop_since is None:
+            self._stop_since = time.monotonic()
+            self._progress.phase(f"stopping: {self._signal} (again to stop at once)")
+            threading.Thread(target=self._ask_to_stop, daemon=True).start()
+
+    def _ask_to_stop(self) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError, UserError):
+            self._tracker.cancel(self._ticket.run, _user())
+
+    def _must_abort(self, now: float) -> bool:
+        grace = min(GRACE, float(os.environ.get("ORC_GRACE", GRACE)))
+        return self._abort or (self._stop_since is not None and now - self._stop_since > grace)
+
+    def _stop_reason(self) -> str:
+        return f"stopped by {self._signal}" if self._signal else "cancelled"
+
+    def _show(self) -> None:
+        live = self._live()
+        if not live:
+            return
+        metrics = {key: value["value"] for key, value in live["metrics"].items()}
+        epoch = metrics.pop("epoch", None)
+        self._progress.update(
+            LiveView(
+                run=self._ticket.run,
+                epoch=None if epoch is None else int(epoch),
+                step=live["step"],
+                metrics=metrics,
+                rate=live["rate"],
+                elapsed=time.monotonic() - self._started,
+            )
+        )
+
+    def _live(self) -> dict[str, Any]:
+        try:
+            return self._tracker.live(self._ticket.run)
+        except (ConnectionError, TimeoutError):
+            return {}
+
+    def _fact(self, kind: FactKind, data: Mapping[str, Any]) -> None:
+        self._facts.fact(Fact(kind=kind, at=time.time(), data=data))
+
+    def _links(self) -> dict[str, str]:
+        links = {"directory": self._ticket.directory}
+        if self._stack.ray_dashboard:
+            links["ray"] = self._stack.ray_dashboard
+        if self._stack.mlflow_uri:
+            links["mlflow"] = self._stack.mlflow_uri
+        return links
+
+
+class _Background:
+    """Calls a function in a thread and keeps what became of it. Ray's own SIGINT handler stays out of the way there."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self.done = threading.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        threading.Thread(target=self._call, name="fit", daemon=True).start()
+
+    def _call(self) -> None:
+        try:
+            self.value = self._function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+def connect(stack: Stack) -> Any:
+    """The stack's tracker, over a connection to its Ray that this process then has. Raises ServiceUnavailable."""
+    if not stack.ray_address:
+        raise ServiceUnavailable(
+            "ray", stack.home, "this stack has no Ray.", "Start it with `orc up ray.enabled=true`."
+        )
+    os.environ.update(stack.client_environment())
+    import ray
+
+    from orchestrator.execution import handles
+
+    if not ray.is_initialized():
+        if not _listens(stack.ray_address):
+            raise ServiceUnavailable("ray", stack.ray_address, "nothing listens there.", "Start it with `orc up`.")
+        try:
+            ray.init(
+                address=stack.ray_address, namespace=handles.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (ConnectionError, RuntimeError) as error:
+            hint = "Start it with `orc up`; `orc doctor` tells more."
+            raise ServiceUnavailable("ray", stack.ray_address, f"{error}.", hint) from error
+    # Ray and Train tell their own progress; ours is shown instead. Their warnings stay.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return handles.tracker(stack.ray_address)
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def check_stack(settings: Settings, stack: Stack) -> None:
+    """Refuses a job that asks for other servers than the stack has. Raises ConfigError naming the key and how to get
+    it.
+    """
+    for key, wanted, has in (
+        ("database.url", settings.database.url, stack.database_url),
+        ("mlflow.tracking_uri", settings.mlflow.tracking_uri, stack.mlflow_uri),
+        ("ray.address", settings.ray.address, stack.ray_address),
+    ):
+        if wanted and wanted not in (has, "embedded"):
+            why = f"this stack uses {redact_url(has) or 'none'}."
+            raise ConfigError(
+                key, redact_url(wanted), why, f"Change the stack: `orc up {key}=…`, or leave the key out."
+            )
+    if settings.mlflow.enabled is Enabled.true and not stack.mlflow_uri:
+        raise ConfigError(
+            "mlflow.enabled", "true", "this stack has no MLflow.", "Start it: `orc up mlflow.enabled=true`."
+        )
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _capacity() -> ClusterCapacity:
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            nodes.append(
+                NodeCapacity(cpus=has.get("CPU", 0), gpus=has.get("GPU", 0), memory_gb=has.get("memory", 0) / 1e9)
+            )
+    return ClusterCapacity(nodes=tuple(nodes))
+
+
+def _spec(job: Job, stack: Stack) -> RunSpec:
+    run = job.settings.run
+    return RunSpec(
+        experiment=run.experiment,
+        project=run.project,
+        user=run.user or _user(),
+        name=run.name,
+        description=run.description,
+        tags=dict(run.tags),
+        params=job.params,
+        config=job.resolved,
+        config_hash=job.hash,
+        storage_url=job.settings.storage.url or stack.storage_url,
+        workers=job.settings.resources.workers,
+        seed=run.seed,
+        lease=job.settings.tracking.lease,
+        job=_submission_id(),
+    )
+
+
+def _submission_id() -> str:
+    """The id under which `ray job submit` runs this driver; '' outside a job."""
+    with contextlib.suppress(ValueError, KeyError):
+        return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]["job_submission_id"]
+    return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _code_paths() -> tuple[str, ...]:
+    """Where the user's code lies: the working directory and what Python was told. Workers on this host import from
+    there.
+    """
+    told = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return tuple(dict.fromkeys([os.getcwd(), *told, *(p for p in sys.path[:1] if p)]))
+
+
+def _write_config(directory: Path, job: Job) -> None:
+    (directory / "config.json").write_text(render(job, "json"))
+    (directory / "config.yaml").write_text(render(job, "yaml"))
+
+
+def _finding(error: BaseException, secrets: Sequence[str]) -> Finding:
+    """Ray Train's exception as evidence of every rank, without secrets."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    evidence = [_evidence(rank, failure, secrets) for rank, failure in failures.items()]
+    if not evidence:
+        evidence = [_evidence(-1, getattr(error, "controller_failure", None) or error, secrets)]
+    return first_cause(evidence)
+
+
+def _evidence(rank: int, failure: BaseException, secrets: Sequence[str]) -> Evidence:
+    if isinstance(failure, RankFailed):
+        return failure.evidence
+    return Evidence(rank=rank, type=type(failure).__name__, message=redact_text(str(failure), secrets))
+
+
+@contextlib.contextmanager
+def _log_file(path: Path, secrets: Sequence[str]) -> Iterator[None]:
+    """What the driver logs goes to `path` as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.addFilter(SecretFilter(secrets))
+    ours = logging.getLogger("orchestrator")
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 go to `handler`, in the main thread; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda n, _: handler(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+__all__ = ["LiveView", "Outcome", "Progress", "log_path", "train"]

@@ -1,0 +1,89 @@
+"""Finds our services on the cluster and speaks to them. The only library module that waits for Ray calls.
+
+A service may die and come back under its name at any time, so a call looks its handle up again when the last one
+failed. Ray's own
+exceptions end here: callers see ConnectionError, TimeoutError, or the service's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+
+from orchestrator.errors import ServiceUnavailable
+from orchestrator.records import Ack, RunSpec, RunTicket
+
+NAMESPACE = "orc"
+TRACKER = "orc-tracker"
+MIRROR = "orc-mirror"
+
+
+def node_agent(node_id: str) -> str:
+    """Name of the agent of one node."""
+    return f"orc-node-agent-{node_id[:12]}"
+
+
+class Remote:
+    """One named service. `call` blocks for at most `timeout` seconds."""
+
+    def __init__(self, name: str, timeout: float = 10.0) -> None:
+        self.name, self.timeout = name, timeout
+        self._handle: Any = None
+
+    def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """Raises ConnectionError when the service is not there, TimeoutError when it does not answer."""
+        try:
+            if self._handle is None:
+                self._handle = ray.get_actor(self.name, namespace=NAMESPACE)
+            return ray.get(getattr(self._handle, method).remote(*args), timeout=timeout or self.timeout)
+        except RayTaskError as error:
+            raise (error.cause or error) from None
+        except GetTimeoutError as error:
+            raise TimeoutError(f"{self.name} did not answer within {timeout or self.timeout:.0f} s") from error
+        except (RayActorError, RaySystemError, ValueError) as error:
+            self._handle = None
+            raise ConnectionError(f"{self.name} is not there: {type(error).__name__}") from error
+
+
+class RemoteTracker:
+    """The tracker as everybody else sees it; same methods as TrackerService."""
+
+    def __init__(self, timeout: float = 10.0) -> None:
+        self._remote = Remote(TRACKER, timeout)
+
+    def push(self, frames: Sequence[bytes]) -> list[Ack]:
+        return self._remote.call("push", list(frames))
+
+    def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
+        return self._remote.call("acknowledged", list(producers))
+
+    def open_run(self, spec: RunSpec) -> RunTicket:
+        return self._remote.call("open_run", spec, timeout=30.0)
+
+    def heartbeat(self, run: str, attempt: int) -> bool:
+        return self._remote.call("heartbeat", run, attempt)
+
+    def cancel(self, run: str, user: str = "") -> None:
+        self._remote.call("cancel", run, user)
+
+    def live(self, run: str) -> dict[str, Any]:
+        return self._remote.call("live", run)
+
+    def describe(self) -> dict[str, Any]:
+        return self._remote.call("describe", timeout=30.0)
+
+    def health(self) -> Mapping[str, Any]:
+        return self._remote.call("health")
+
+
+def tracker(address: str) -> RemoteTracker:
+    """The cluster's tracker, once it answers. Raises ServiceUnavailable."""
+    found = RemoteTracker()
+    try:
+        found.describe()
+    except (ConnectionError, TimeoutError) as error:
+        raise ServiceUnavailable("the tracker", address, f"{error}.", "Start our services with `orc up`.") from error
+    return found

@@ -1,0 +1,41 @@
+"""A plan and its resources as a TorchTrainer. The only module that knows Ray Train's arguments."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from orchestrator.execution.worker import Plan, train_loop
+
+
+def torch_trainer(
+    plan: Plan, *, workers: int, resources_per_worker: dict[str, float], placement: str, storage: str
+) -> Any:
+    """A TorchTrainer (Train V2) that runs `plan` once.
+
+    Ray Train neither retries nor keeps checkpoints here: restarts are attempts, which are ours to number, and
+    resuming needs no
+    snapshot of Ray's. Metrics never go through `train.report`.
+    """
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, RunConfig  # ray.train gives the types of the engine before
+
+    uses_gpu = resources_per_worker.get("GPU", 0) > 0
+    scaling = ScalingConfig(
+        num_workers=workers,
+        use_gpu=uses_gpu,
+        resources_per_worker=resources_per_worker,
+        placement_strategy=placement,
+    )
+    ticket = plan.ticket
+    run_config = RunConfig(
+        name=f"{ticket.name}-{ticket.run}-attempt-{ticket.attempt}",
+        storage_path=storage,
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+    )
+
+    def loop() -> str:
+        return train_loop(plan)
+
+    # Not as `train_loop_config`, which Ray Train keeps and exports: the plan holds the user's secrets in clear.
+    return TorchTrainer(cast(Any, loop), scaling_config=scaling, run_config=cast(Any, run_config))

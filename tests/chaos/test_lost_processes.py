@@ -1,0 +1,76 @@
+"""Something dies in the middle of a run: training goes on where it can, and nothing that was logged is missing or
+doubled.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+
+from tests.plugins.runs import Going, Orc, wait_until
+
+
+def test_a_killed_driver_leaves_a_crashed_run_with_every_point(going: Callable[..., Going]) -> None:
+    run = going()
+    run.process.send_signal(signal.SIGKILL)
+    assert run.process.wait() == -signal.SIGKILL
+    killed = time.monotonic()
+    wait_until(lambda: run.status() == "CRASHED", 30, "CRASHED within 30 s of the kill")
+    print(f"CRASHED {time.monotonic() - killed:.1f} s after the kill")
+    for rank in (0, 1):
+        counted = run.counted(rank)
+        wait_until(
+            lambda rank=rank, counted=counted: len(run.stored(rank)) >= counted, 15, "every logged point in PostgreSQL"
+        )
+        assert run.stored(rank) == list(range(len(run.stored(rank))))
+
+
+def test_stopping_postgresql_mlflow_and_the_tracker_disturbs_nobody(orc: Orc, going: Callable[..., Going]) -> None:
+    run = going("seconds=25")
+    processes = orc.stack.processes
+    before = run.counted(0)
+    for name in ("postgresql", "mlflow"):
+        pid = int(processes[name]["pid"])
+        os.kill(pid, signal.SIGQUIT if name == "postgresql" else signal.SIGKILL)
+        wait_until(lambda pid=pid: not _lives(pid), 20, f"{name} gone")
+    tracker = _tracker_pid(orc)
+    os.kill(tracker, signal.SIGKILL)
+    down = time.monotonic()
+    wait_until(lambda: run.counted(0) > before + 600, 20, "training goes on")
+    assert time.monotonic() - down < 15
+    orc("up")
+    out, err = run.process.communicate(timeout=90)
+    assert run.process.returncode == 0, out + err
+    assert _tracker_pid(orc) != tracker
+    wait_until(lambda: run.status() == "FINISHED", 30, "FINISHED")
+    for rank in (0, 1):
+        assert run.stored(rank) == list(range(run.counted(rank)))
+
+
+def _lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _tracker_pid(orc: Orc) -> int:
+    for process in psutil.process_iter(["cmdline"]):
+        title = (process.info["cmdline"] or [""])[0]
+        if title.startswith("ray::TrackerProcess") and str(orc.home) in process.environ().get("ORC_HOME", ""):
+            return process.pid
+    return 0
+
+
+def test_a_killed_worker_is_named_and_another_attempt_finishes(orc: Orc) -> None:
+    outcome = orc.json("run", "train=trains:dies_once", "failures.max_restarts=2")
+    assert (outcome["status"], outcome["attempt"]) == ("FINISHED", 2)
+    store = orc.store()
+    first, second = store.attempts(outcome["run"])
+    assert (first.status.value, second.status.value) == ("CRASHED", "FINISHED")
+    assert first.error is not None
+    assert first.error["kind"] == "worker_killed"
+    epochs = store.points(outcome["run"], "epoch_done", rank=0)
+    assert epochs.values[epochs.attempts == 1].tolist() == [0.0, 1.0]
+    assert epochs.values[epochs.attempts == 2].tolist() == [2.0, 3.0], "it goes on where the checkpoint was"

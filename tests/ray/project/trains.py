@@ -1,0 +1,81 @@
+"""Train functions of a user's project, for the tests: each shows one thing."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Slow:
+    seconds: float = 60.0
+    per_second: int = 200
+    report: bool = True
+    journal: str = ""
+
+
+def slow(run, cfg: Slow) -> None:
+    """Logs a counter for a while; every rank notes beside its points how many it logged."""
+    journal = os.path.join(cfg.journal, f"rank-{run.rank}") if cfg.journal else ""
+    end, n = time.monotonic() + cfg.seconds, 0
+    while time.monotonic() < end:
+        for _ in range(cfg.per_second // 20):
+            run.log({"count": n}, step=n)
+            n += 1
+        if journal:
+            with open(journal, "w") as file:
+                file.write(str(n))
+        if cfg.report and n % (cfg.per_second // 2) == 0:
+            run.report({"beat": n})
+        time.sleep(0.05)
+
+
+@dataclass
+class Odd:
+    secret: str = ""
+    values: list[float] = field(default_factory=list)
+
+
+def odd_values(run, cfg: Odd) -> None:
+    """Every kind of number, from every rank, with prints that contain a secret."""
+    import numpy as np
+    import torch
+
+    print("connecting with", cfg.secret)
+    run.params(
+        {"optimizer": "adam", "layers": 3, "dropout": 0.5, "nested": {"a": [1, 2]}, "flag": True, "nothing": None}
+    )
+    run.tags({"team": "tests"})
+    run.note("a note")
+    run.event("milestone", "half way", part=0.5)
+    run.log({"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf"), "bool": True, "big": 2**53}, step=1)
+    run.log({"numpy": np.float32(0.5), "tensor": torch.tensor(2.0), "rank": run.rank}, step=-5)
+    run.log({"rank": run.rank + 10}, step=2**40)
+    if run.is_main:
+        run.artifact(b"hello", name="greeting.txt")
+
+
+def raises(run, cfg) -> None:
+    """Rank 1 fails; rank 0 waits for it in a collective."""
+    import torch
+
+    run.log({"before": 1.0})
+    if run.rank == 1:
+        raise ValueError("the data of rank 1 is broken")
+    torch.distributed.barrier()
+
+
+def dies_once(run, cfg) -> None:
+    """Four epochs with a checkpoint after each; in the first attempt rank 1 is gone after two."""
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    state = run.state(model=model)
+    for epoch in run.epochs(4):
+        if run.attempt == 1 and epoch == 2:
+            if run.rank == 1:
+                os.kill(os.getpid(), 9)
+            time.sleep(60)
+        run.log({"epoch_done": epoch})
+        run.report({}, state=state)
