@@ -1,0 +1,1 @@
+"""Things you submit to Ray."""

@@ -1,0 +1,334 @@
+"""Every verb of `orc`: what it takes, what it is for, and which function does it.
+
+Functions are named, not imported: `orc --help` and every verb load only what they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from orchestrator.cli import text
+from orchestrator.errors import UserError
+from orchestrator.stack import default_home
+
+
+class UsageError(UserError):
+    """A command line that makes no sense. `usage` is the line that would."""
+
+    def __init__(self, message: str, usage: str = "") -> None:
+        super().__init__(message, usage)
+        self.message, self.usage = message, usage
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.usage}".rstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises `UsageError` instead of ending the process, and takes no abbreviated options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        unknown, known = message.partition("unrecognized arguments: ")[2].split(), self._option_string_actions
+        near = text.nearest(unknown[0].split("=")[0], known) if unknown else ()
+        raise UsageError(f"{message}.{text.did_you_mean(near)}", self.format_usage().strip())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One command. `target` is "module:function" in orchestrator.cli, called with (arguments, output), giving the exit
+    code."""
+
+    name: str
+    """One word, or two: "db upgrade"."""
+    topic: str
+    summary: str
+    target: str
+    define: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    epilog: str = ""
+
+
+RUN = "a run: its id, the beginning of its id, its name, or `last`"
+
+
+def _global_options(parser: argparse.ArgumentParser) -> None:
+    """Accepted before and after the verb; SUPPRESS, or the second parser would reset what the first one read."""
+    group = parser.add_argument_group("everywhere")
+    group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
+    group.add_argument(
+        "--home", metavar="DIR", default=argparse.SUPPRESS, help="the data directory (default: $ORC_HOME, else ~/.orc)"
+    )
+    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+
+def _composition(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="sets a key; `group=option` picks one, `+key=value` adds a key, `~key` drops one",
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own configs, searched before ours")
+    parser.add_argument("--from", dest="base", metavar="RUN", help="start from the stored config of a run")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _composition(parser)
+    parser.add_argument("--name", metavar="NAME", help="the run's name (default: a pronounceable one)")
+
+
+def _services(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="e.g. database.url=… ray.address=… mlflow.enabled=false"
+    )
+
+
+def _ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("search", nargs="?", help="part of a run's name or id")
+    parser.add_argument("--experiment", "-e", metavar="NAME")
+    parser.add_argument("--status", "-s", metavar="STATUS", help="running, finished, failed, crashed, cancelled …")
+    parser.add_argument(
+        "--tag", "-t", metavar="NAME=VALUE", action="append", default=[], help="may be given several times"
+    )
+    parser.add_argument("--limit", "-n", metavar="N", type=_positive, default=20, help="newest N (default 20)")
+    parser.add_argument("--all", "-a", action="store_true", help="no limit")
+
+
+def _run_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="last", help=f"{RUN} (default)")
+
+
+def _cancel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN)
+
+
+def _logs(parser: argparse.ArgumentParser) -> None:
+    _run_reference(parser)
+    parser.add_argument(
+        "--rank", metavar="N|all", default="", help="one rank, or all of them (default: the driver and rank 0)"
+    )
+    parser.add_argument("--attempt", metavar="N", type=_positive, help="default: the newest")
+    parser.add_argument("--tail", "-n", metavar="N", type=_natural, help="only the last N lines of each file")
+    parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
+
+
+def _metrics(parser: argparse.ArgumentParser) -> None:
+    _run_reference(parser)
+    parser.add_argument(
+        "keys", metavar="KEY", nargs="*", help="print the points of these keys (default: a summary of all keys)"
+    )
+    parser.add_argument("--rank", metavar="N", type=_natural, help="only this rank")
+    parser.add_argument("--attempt", metavar="N", type=_positive, help="only this attempt")
+    parser.add_argument("--csv", action="store_true", help="comma-separated values")
+
+
+def _config_diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="RUN", help=RUN)
+    parser.add_argument(
+        "second",
+        metavar="RUN|key=value",
+        nargs="*",
+        help="another run, or overrides to compose (default: what `orc run` would use now)",
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own configs, searched before ours")
+
+
+def _backup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="must not exist yet")
+
+
+def _restore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="made by `orc db backup`")
+    parser.add_argument("--force", action="store_true", help="replace what the database holds")
+
+
+def _positive(given: str) -> int:
+    value = int(given) if given.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{given!r} is no positive number")
+    return value
+
+
+def _natural(given: str) -> int:
+    if not given.isdecimal():
+        raise argparse.ArgumentTypeError(f"{given!r} is no number from 0 up")
+    return int(given)
+
+
+TRAINING, LOOKING, SERVICES, DATABASE, OTHER = "training", "looking", "services", "configuration and database", "other"
+
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        name="run",
+        topic=TRAINING,
+        summary="train: start a run and show how it goes",
+        target="train:run",
+        define=_train,
+        epilog="example: orc run train=my_project.digits:train resources.workers=2 optim.lr=0.01",
+    ),
+    Verb(
+        name="cancel",
+        topic=TRAINING,
+        summary="stop a run, keeping everything logged so far",
+        target="runs:cancel",
+        define=_cancel,
+    ),
+    Verb(name="ls", topic=LOOKING, summary="list runs, newest first", target="runs:ls", define=_ls),
+    Verb(name="show", topic=LOOKING, summary="everything about one run", target="runs:show", define=_run_reference),
+    Verb(name="logs", topic=LOOKING, summary="what a run's processes printed", target="logs:logs", define=_logs),
+    Verb(
+        name="metrics",
+        topic=LOOKING,
+        summary="metrics of a run",
+        target="runs:metrics",
+        define=_metrics,
+        epilog="example: orc metrics last val/accuracy --csv > accuracy.csv",
+    ),
+    Verb(name="experiments", topic=LOOKING, summary="list experiments", target="runs:experiments"),
+    Verb(
+        name="up",
+        topic=SERVICES,
+        summary="start PostgreSQL, MLflow and Ray, or use given servers",
+        target="services:up",
+        define=_services,
+    ),
+    Verb(name="down", topic=SERVICES, summary="stop what `orc up` started", target="services:down"),
+    Verb(name="status", topic=SERVICES, summary="each service: up, or why not", target="services:status"),
+    Verb(
+        name="doctor", topic=SERVICES, summary="what is wrong, and the command that mends it", target="services:doctor"
+    ),
+    Verb(
+        name="env",
+        topic=SERVICES,
+        summary="the environment for plain Ray tools",
+        target="services:environment",
+        epilog='example: eval "$(orc env)"; ray job submit --working-dir . -- python -m jobs.train experiment=digits',
+    ),
+    Verb(
+        name="config show",
+        topic=DATABASE,
+        summary="the resolved config of a command",
+        target="configs:show",
+        define=_composition,
+    ),
+    Verb(
+        name="config diff",
+        topic=DATABASE,
+        summary="how a run's config differs from another",
+        target="configs:diff",
+        define=_config_diff,
+    ),
+    Verb(
+        name="config validate",
+        topic=DATABASE,
+        summary="check a config without running it",
+        target="configs:validate",
+        define=_composition,
+    ),
+    Verb(name="db status", topic=DATABASE, summary="the database's schema and size", target="database:status"),
+    Verb(
+        name="db upgrade",
+        topic=DATABASE,
+        summary="bring the database to this version's schema",
+        target="database:upgrade",
+    ),
+    Verb(
+        name="db backup",
+        topic=DATABASE,
+        summary="write the database to a file",
+        target="database:backup",
+        define=_backup,
+    ),
+    Verb(
+        name="db restore",
+        topic=DATABASE,
+        summary="fill an empty database from a file",
+        target="database:restore",
+        define=_restore,
+    ),
+    Verb(name="version", topic=OTHER, summary="versions of this installation", target="services:version"),
+)
+
+BY_NAME = {verb.name: verb for verb in VERBS}
+GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VERBS if " " in verb.name))
+
+
+def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+    """The verb and its arguments, among them `json`, `home` (a Path) and `debug`.
+
+    Raises UsageError; `--help` prints and raises SystemExit(0).
+    """
+    top = Parser(prog="orc", usage="orc [--json] [--home DIR] [--debug] VERB …", add_help=False)
+    _global_options(top)
+    top.add_argument("--help", "-h", action="store_true")
+    top.add_argument("--version", action="store_true")
+    top.add_argument("words", nargs=argparse.REMAINDER)
+    before = top.parse_args(list(argv))
+    words = before.words
+    if words and words[0].startswith("-"):
+        top.error(f"unrecognized arguments: {words[0]}")
+    if before.version:
+        words = ["version"]
+    if words and words[0] == "help":
+        words = [*words[1:], "--help"]
+    if before.help or not words or words[0] == "--help":
+        print(overview())
+        raise SystemExit(0)
+    verb, rest = _choose(words)
+    parser = verb_parser(verb)
+    arguments = parser.parse_intermixed_args(rest)
+    for option, default in (("json", False), ("home", None), ("debug", False)):
+        setattr(arguments, option, getattr(arguments, option, getattr(before, option, default)))
+    arguments.home = Path(arguments.home).expanduser().absolute() if arguments.home else default_home()
+    return verb, arguments
+
+
+def verb_parser(verb: Verb) -> Parser:
+    parser = Parser(prog=f"orc {verb.name}", description=verb.summary, epilog=verb.epilog or None)
+    verb.define(parser)
+    _global_options(parser)
+    return parser
+
+
+def _choose(words: Sequence[str]) -> tuple[Verb, list[str]]:
+    first = words[0]
+    if first in BY_NAME:
+        return BY_NAME[first], list(words[1:])
+    if first not in GROUPS:
+        known = [*BY_NAME, *GROUPS]
+        raise UsageError(
+            f"there is no verb {first!r}.{text.did_you_mean(text.nearest(first, known))}", "`orc --help` lists them."
+        )
+    options = [verb.name.split()[1] for verb in VERBS if verb.name.startswith(f"{first} ")]
+    second = words[1] if len(words) > 1 else ""
+    if second in ("--help", "-h"):
+        print(overview(first))
+        raise SystemExit(0)
+    if second not in options:
+        near = text.did_you_mean(text.nearest(second, options))
+        what = f"there is no verb '{first} {second}'.{near}" if second else f"{first} what?"
+        raise UsageError(what, f"usage: orc {first} {{{'|'.join(options)}}} …")
+    return BY_NAME[f"{first} {second}"], list(words[2:])
+
+
+def overview(group: str = "") -> str:
+    """The text of `orc --help`, or only the verbs of one group."""
+    verbs = [verb for verb in VERBS if not group or verb.name.split()[0] == group]
+    lines = [f"usage: orc [--json] [--home DIR] [--debug] {group or 'VERB'} …"]
+    for topic in dict.fromkeys(verb.topic for verb in verbs):
+        lines += ["", f"{topic}:"] + [f"  {verb.name:<16} {verb.summary}" for verb in verbs if verb.topic == topic]
+    lines += [
+        "",
+        "everywhere:",
+        "  --json           one JSON document on stdout, messages on stderr",
+        "  --home DIR       the data directory (default: $ORC_HOME, else ~/.orc)",
+        "  --debug          show tracebacks",
+        "",
+        "`orc VERB --help` tells more. Exit codes: 0 done, 1 it failed, 2 a mistake in the command, 130 interrupted.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""The verbs that look at runs, and the one that stops them: ls, show, metrics, experiments, cancel."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import getpass
+import os
+import time
+from typing import Any
+
+from orchestrator.catalog import DatabaseCatalog, open_catalog, open_store
+from orchestrator.cli import describe, text
+from orchestrator.cli.output import Output
+from orchestrator.cli.parser import UsageError
+from orchestrator.errors import ServiceUnavailable, UserError
+from orchestrator.records import RunStatus
+from orchestrator.stack import Stack
+from orchestrator.store.views import Points, RunDetail, RunRow, SummaryRow
+
+NO_LIMIT = 1_000_000
+MOST_WITH_METRIC = 200
+"""Runs in one list for which the main metric is looked up: that reads the summaries of all their metrics."""
+
+
+def ls(arguments: argparse.Namespace, output: Output) -> int:
+    status, tags = _status(arguments.status), _tags(arguments.tag)
+    with open_catalog(arguments.home) as catalog:
+        rows = catalog.runs(
+            experiment=arguments.experiment,
+            status=status,
+            tags=tags,
+            search=arguments.search,
+            limit=NO_LIMIT if arguments.all else arguments.limit,
+        )
+        metrics = describe.main_metrics(catalog.summaries(*(row.run for row in rows[:MOST_WITH_METRIC])))
+    now = time.time()
+
+    def render() -> None:
+        if not rows:
+            output.line("no runs")
+            return
+        cells = [describe.run_cells(row, metrics.get(row.run), now) for row in rows]
+        output.table(
+            describe.RUN_COLUMNS, cells, right=describe.RUN_COLUMNS_RIGHT, optional=describe.RUN_COLUMNS_OPTIONAL
+        )
+
+    output.result([describe.run_document(row, metrics.get(row.run), now) for row in rows], render)
+    return 0
+
+
+def show(arguments: argparse.Namespace, output: Output) -> int:
+    stack = Stack.load(arguments.home)
+    with open_catalog(arguments.home) as catalog:
+        run = catalog.run(arguments.run)
+        story = describe.Story(
+            run=run,
+            attempts=catalog.attempts(run.run),
+            params=catalog.params(run.run),
+            summaries=catalog.summaries(run.run),
+            checkpoints=catalog.checkpoints(run.run),
+            artifacts=catalog.artifacts(run.run),
+            notes=catalog.notes(run.run),
+            events=catalog.events(run.run, newest=describe.EVENTS_SHOWN),
+            links=describe.links(run, mlflow_uri=stack.mlflow_uri, ray_dashboard=stack.ray_dashboard),
+        )
+    now = time.time()
+    output.result(story.document(now), lambda: story.render(output, now))
+    return 0
+
+
+def experiments(arguments: argparse.Namespace, output: Output) -> int:
+    with open_catalog(arguments.home) as catalog:
+        rows = catalog.experiments()
+    now = time.time()
+
+    def render() -> None:
+        if not rows:
+            output.line("no experiments")
+            return
+        cells = [
+            (
+                row.name,
+                row.project,
+                str(row.runs),
+                str(row.active),
+                text.age(None if row.last_run is None else now - row.last_run),
+            )
+            for row in rows
+        ]
+        output.table(("experiment", "project", "runs", "active", "newest"), cells, right=(2, 3, 4))
+
+    output.result(rows, render)
+    return 0
+
+
+def metrics(arguments: argparse.Namespace, output: Output) -> int:
+    if arguments.csv and arguments.json:
+        raise UsageError("--csv and --json are two forms of the same answer: choose one.")
+    with open_catalog(arguments.home) as catalog:
+        run = catalog.run(arguments.run)
+        summaries = catalog.summaries(run.run)
+        if not arguments.keys:
+            chosen = [row for row in summaries if arguments.rank in (None, row.rank)]
+            _print_summaries(output, run, chosen, as_csv=arguments.csv)
+            return 0
+        _check_keys(run, arguments.keys, summaries)
+        points = {
+            key: catalog.points(run.run, key, rank=arguments.rank, attempt=arguments.attempt) for key in arguments.keys
+        }
+    _print_points(output, run, points, as_csv=arguments.csv)
+    return 0
+
+
+def cancel(arguments: argparse.Namespace, output: Output) -> int:
+    """Ask the tracker, which tells the processes at once; without one, leave the wish in the database."""
+    with open_store(arguments.home) as store:
+        run = DatabaseCatalog(store).run(arguments.run)
+        if run.status.is_terminal:
+            raise UserError(f"Run {run.name} is {run.status}: there is nothing to cancel.")
+        user = _user()
+        through = "tracker"
+        try:
+            _ask_tracker(Stack.load(arguments.home), run.run, user)
+        except (ServiceUnavailable, ConnectionError, TimeoutError) as why:
+            through = "database"
+            store.request_cancel(run.run, user=user, now=time.time())
+            output.message(f"orc: {why}")
+            output.message("The wish is in the database: the tracker reads it there, or the run ends with its lease.")
+    document = {"run": run.run, "name": run.name, "status": run.status, "cancel_requested": True, "through": through}
+    output.result(
+        document, lambda: output.line(f"run {run.name} was asked to stop; `orc show {run.run}` tells when it has")
+    )
+    return 0
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        return str(os.getuid())
+
+
+def _ask_tracker(stack: Stack, run: str, user: str) -> None:
+    """Raises ServiceUnavailable, ConnectionError or TimeoutError when nobody is there to ask."""
+    from orchestrator.execution import driver  # takes seconds to import, which no other verb here should pay
+
+    driver.connect(stack).cancel(run, user)
+
+
+def _status(given: str | None) -> RunStatus | None:
+    if given is None:
+        return None
+    names = [status.value.lower() for status in RunStatus]
+    if given.lower() not in names:
+        near = text.did_you_mean(text.nearest(given.lower(), names))
+        raise UsageError(f"--status {given}: no such status.{near} There are {', '.join(names)}.")
+    return RunStatus(given.upper())
+
+
+def _tags(given: list[str]) -> dict[str, str] | None:
+    pairs = [tag.partition("=") for tag in given]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise UsageError(f"--tag {name}: write NAME=VALUE.")
+    return {name: value for name, _, value in pairs} or None
+
+
+def _check_keys(run: RunDetail, keys: list[str], summaries: list[SummaryRow]) -> None:
+    known = {row.key for row in summaries}
+    for key in keys:
+        if key not in known:
+            near = text.did_you_mean(text.nearest(key, known))
+            raise UserError(f"Run {run.name} has no metric {key!r}.{near} `orc metrics {run.name}` lists them.")
+
+
+def _print_summaries(output: Output, run: RunRow, rows: list[SummaryRow], *, as_csv: bool) -> None:
+    def render() -> None:
+        if as_csv:
+            documents = [describe.summary_document(row) for row in rows]
+            writer = csv.writer(output.stdout, lineterminator="\n")
+            writer.writerow(CSV_SUMMARY)
+            writer.writerows([document[column] for column in CSV_SUMMARY] for document in documents)
+        elif not rows:
+            output.line(f"run {run.name} has no metrics")
+        else:
+            output.table(describe.SUMMARY_COLUMNS, [describe.summary_cells(row) for row in rows], right=range(1, 8))
+
+    output.result(
+        {"run": run.run, "name": run.name, "metrics": [describe.summary_document(row) for row in rows]}, render
+    )
+
+
+CSV_SUMMARY = (
+    "key",
+    "rank",
+    "count",
+    "first",
+    "last",
+    "last_step",
+    "minimum",
+    "maximum",
+    "mean",
+    "best",
+    "best_step",
+    "nan_count",
+)
+POINT_COLUMNS = ("key", "attempt", "rank", "step", "time", "value")
+
+
+def _print_points(output: Output, run: RunRow, points: dict[str, Points], *, as_csv: bool) -> None:
+    def rows() -> list[tuple[Any, ...]]:
+        columns = (
+            (key, p.attempts.tolist(), p.ranks.tolist(), p.steps.tolist(), p.times.tolist(), p.values.tolist())
+            for key, p in points.items()
+        )
+        return [(key, *values) for key, *lists in columns for values in zip(*lists, strict=True)]
+
+    def render() -> None:
+        if as_csv:
+            writer = csv.writer(output.stdout, lineterminator="\n")
+            writer.writerow(POINT_COLUMNS)
+            writer.writerows(rows())
+            return
+        cells = [
+            (
+                key,
+                str(attempt),
+                str(rank),
+                str(step),
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)),
+                repr(value),
+            )
+            for key, attempt, rank, step, at, value in rows()
+        ]
+        output.table(POINT_COLUMNS, cells, right=(1, 2, 3))
+
+    output.result(
+        {
+            "run": run.run,
+            "name": run.name,
+            "points": {
+                key: {"attempt": p.attempts, "rank": p.ranks, "step": p.steps, "time": p.times, "value": p.values}
+                for key, p in points.items()
+            },
+        },
+        render,
+    )
