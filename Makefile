@@ -1,0 +1,43 @@
+# make demo        install, start the stack, train on real data, say where to look     (ORC_HOME=… for another data directory)
+# make test        every test tier that needs nothing but Python; ends with pytest's summary     (TESTS=tests/unit for one tier)
+# make check       format, lint, layers, types           make format       mends format and import order
+# make chaos       all fault tests, with root and strace make ui-test      the web pages of a stack in a headless Chromium
+# PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
+
+VENV ?= .venv
+PYTHON ?=
+export VENV PYTHON
+RUN = "$(VENV)/bin/python" -m
+TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
+PYTEST = $(RUN) pytest -p tests.plugins.tiers
+CODE = orchestrator actors jobs cluster tests tools setup.py
+
+.PHONY: demo test check format chaos ui-test venv
+
+demo:
+	@tools/venv demo
+	@"$(VENV)/bin/python" tools/demo.py
+
+venv:
+	@tools/venv test,check,demo
+
+test: venv
+	@$(PYTEST) $(TESTS) $(ARGS)
+
+check: venv
+	@$(RUN) ruff format --check --output-format concise $(CODE)
+	@$(RUN) ruff check --output-format concise $(CODE)
+	@"$(VENV)/bin/lint-imports"
+	@$(RUN) mypy orchestrator actors jobs cluster
+
+format: venv
+	@$(RUN) ruff format $(CODE)
+	@$(RUN) ruff check --fix $(CODE)
+
+chaos: venv
+	@tools/needs root strace
+	@$(PYTEST) -m "" tests/chaos $(ARGS)
+
+ui-test: venv
+	@tools/needs chromium
+	@$(PYTEST) -m "" tests/ui $(ARGS)
