@@ -185,6 +185,12 @@ class _Aside:
     pause: float
 
 
+def is_declined(config: Mapping[str, Any], sink: str) -> bool:
+    """Whether a run's config says `<sink>.enabled=false`: it is not copied there."""
+    section = config.get(sink)
+    return isinstance(section, Mapping) and str(section.get("enabled", "")).lower() == "false"
+
+
 class MirrorService:
     """Keeps one sink up to date. One thread calls `step` or `run`; `stop`, `lag` and `health` may be called from any.
 
@@ -376,6 +382,8 @@ class MirrorService:
 
     def _copy(self, run: str, now: float, deadline: float) -> bool:
         """Copy until the run has nothing more (True) or the time is up or a lower rank is waited for (False)."""
+        if run not in self._copies and is_declined(self._feed.facts_after(run).run.config, self._sink.name):
+            return True
         copy = self._refreshed(run)
         wanted = copy.facts.status
         if self._is_late(deadline):

@@ -33,9 +33,9 @@ def test_stopping_postgresql_mlflow_and_the_tracker_disturbs_nobody(orc: Orc, go
     run = going("seconds=25")
     processes = orc.stack.processes
     before = run.counted(0)
-    for name in ("postgresql", "mlflow"):
+    for name in ("postgres", "mlflow"):
         pid = int(processes[name]["pid"])
-        os.kill(pid, signal.SIGQUIT if name == "postgresql" else signal.SIGKILL)
+        os.kill(pid, signal.SIGQUIT if name == "postgres" else signal.SIGKILL)
         wait_until(lambda pid=pid: not _lives(pid), 20, f"{name} gone")
     tracker = _tracker_pid(orc)
     os.kill(tracker, signal.SIGKILL)
@@ -49,6 +49,32 @@ def test_stopping_postgresql_mlflow_and_the_tracker_disturbs_nobody(orc: Orc, go
     wait_until(lambda: run.status() == "FINISHED", 30, "FINISHED")
     for rank in (0, 1):
         assert run.stored(rank) == list(range(run.counted(rank)))
+
+
+def test_a_lost_ray_head_loses_nothing_that_was_logged(orc: Orc, going: Callable[..., Going]) -> None:
+    run = going()
+    head = [process for process in psutil.process_iter(["cmdline"]) if _is_ray(process, orc)]
+    assert any("gcs_server" in " ".join(process.cmdline()[:1]) for process in head)
+    for process in head:
+        process.kill()
+    psutil.wait_procs(head, timeout=20)
+    counted = {rank: run.counted(rank) for rank in (0, 1)}
+    orc("up", timeout=180)
+    wait_until(lambda: run.status() == "CRASHED", 60, "CRASHED")
+    for rank in (0, 1):
+        wait_until(lambda rank=rank: len(run.stored(rank)) >= counted[rank], 20, "every logged point in PostgreSQL")
+        assert run.stored(rank) == list(range(len(run.stored(rank))))
+
+
+def _is_ray(process: psutil.Process, orc: Orc) -> bool:
+    """A process of this stack's Ray: the head's servers by their session directory, workers and actors by their title."""
+    command = " ".join(process.info["cmdline"] or [])
+    if str(orc.home / "ray") in command:
+        return True
+    try:
+        return command.startswith("ray::") and process.environ().get("ORC_HOME") == str(orc.home)
+    except psutil.Error:
+        return False
 
 
 def _lives(pid: int) -> bool:

@@ -66,6 +66,15 @@ def test_a_run_arrives_with_its_points_facts_and_end(mirror: Mirror) -> None:
     assert copy["status"] == (RunStatus.finished, int((START + 100) * 1000))
 
 
+def test_a_run_that_declines_the_sink_is_not_copied_and_the_others_are(mirror: Mirror) -> None:
+    mirror.feed.open("quiet", config={"recording": {"enabled": "false"}})
+    mirror.feed.open("loud", config={"recording": {"enabled": "auto"}})
+    mirror.feed.log("quiet", "loss", [1.0])
+    mirror.feed.log("loud", "loss", [1.0])
+    mirror.settle(2)
+    assert set(mirror.sink.runs) == {"loud"}
+
+
 def test_what_did_not_change_is_not_sent_again(mirror: Mirror) -> None:
     mirror.feed.open("r1", params={"lr": 0.1}, tags={"team": "a"})
     mirror.settle(2)
