@@ -104,7 +104,7 @@ def report(story: dict[str, Any], seconds: float) -> list[str]:
                 "mlflow", f"the mirror has not caught up; `{orc_line()} show {story['name']}` has the link later"
             ),
         ),
-        ("Ray", f"{links['ray dashboard']}  (asks for the token in {data_directory() / 'ray_token'})"),
+        ("Ray", f"{links['ray_dashboard']}  (asks for the token in {data_directory() / 'ray_token'})"),
     ]
     return [f"  {name:<11} {value}" for name, value in rows]
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 import requests
 from mlflow.entities import Experiment, Metric, Param, Run, RunTag, ViewType
@@ -232,7 +233,9 @@ class MlflowSink:
 
     def _target(self, run: Run, created: bool = False) -> Target:
         info = run.info
-        url = f"{self._uri.rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+        server = urlsplit(self._uri)
+        page = server._replace(netloc=server.netloc.rpartition("@")[2], path=server.path.rstrip("/"))  # no password
+        url = f"{urlunsplit(page)}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
         return Target(id=info.run_id, url=url if self._uri.startswith("http") else "", created=created)
 
     def _run(self, target: Target) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.cli import text
 from orchestrator.cli.progress import chosen_metrics
@@ -210,15 +209,12 @@ def summary_cells(row: SummaryRow) -> tuple[str, ...]:
     )
 
 
-def links(run: RunDetail, *, mlflow_uri: str, ray_dashboard: str) -> dict[str, str]:
+def links(run: RunDetail, *, ray_dashboard: str) -> dict[str, str]:
     """Addresses that a person can open: the run's directory, its page in MLflow, its job in Ray's dashboard."""
     found = {"directory": run.directory}
     mirrored = run.links.get("mlflow")
-    if mlflow_uri.startswith("http") and isinstance(mirrored, Mapping) and {"experiment_id", "run_id"} <= set(mirrored):
-        url = urlsplit(mlflow_uri)
-        page = f"/#/experiments/{mirrored['experiment_id']}/runs/{mirrored['run_id']}"
-        without_password = url._replace(netloc=url.netloc.rpartition("@")[2], path=url.path.rstrip("/"))
-        found["mlflow"] = urlunsplit(without_password) + page
+    if isinstance(mirrored, Mapping) and mirrored.get("url"):
+        found["mlflow"] = str(mirrored["url"])
     if ray_dashboard:
         found["ray_dashboard"] = ray_dashboard.rstrip("/") + (f"/#/jobs/{run.job}" if run.job else "")
     return found

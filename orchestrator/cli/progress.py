@@ -58,9 +58,9 @@ MAX_METRICS = 6
 """More do not fit a line; the newest values of all are in `orc metrics`."""
 
 
-def display(stream: TextIO, *, allow_live: bool = True) -> Display:
+def display(stream: TextIO) -> Display:
     """The live one where a person looks through a terminal."""
-    return LiveDisplay(stream) if allow_live and stream.isatty() else LineDisplay(stream)
+    return LiveDisplay(stream) if stream.isatty() else LineDisplay(stream)
 
 
 def headline(ticket: RunTicket) -> str:

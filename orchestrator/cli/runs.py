@@ -62,7 +62,7 @@ def show(arguments: argparse.Namespace, output: Output) -> int:
             artifacts=catalog.artifacts(run.run),
             notes=catalog.notes(run.run),
             events=catalog.events(run.run, newest=describe.EVENTS_SHOWN),
-            links=describe.links(run, mlflow_uri=stack.mlflow_uri, ray_dashboard=stack.ray_dashboard),
+            links=describe.links(run, ray_dashboard=stack.ray_dashboard),
         )
     now = time.time()
     output.result(story.document(now), lambda: story.render(output, now))

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     job = composed(arguments, name=arguments.name)
     from orchestrator.execution import driver  # after the config is known to be right: it imports ray
 
-    display = progress.display(output.stderr if output.as_json else output.stdout, allow_live=not output.as_json)
+    display = progress.display(output.stderr if output.as_json else output.stdout)
     try:
         outcome = driver.train(job, home=arguments.home, progress=display)
     finally:

@@ -67,7 +67,7 @@ def test_a_lost_ray_head_loses_nothing_that_was_logged(orc: Orc, going: Callable
 
 
 def _is_ray(process: psutil.Process, orc: Orc) -> bool:
-    """A process of this stack's Ray: the head's servers by their session directory, workers and actors by their title."""
+    """A process of this stack's Ray: servers by their session directory, workers and actors by their title."""
     command = " ".join(process.info["cmdline"] or [])
     if str(orc.home / "ray") in command:
         return True

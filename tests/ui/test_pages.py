@@ -41,13 +41,13 @@ def test_mlflow_shows_the_run(story: dict[str, Any], browser: Browser) -> None:
 
 
 def test_the_dashboard_asks_for_the_token(story: dict[str, Any], browser: Browser) -> None:
-    browser.text(story["links"]["ray dashboard"], wanted="Token authentication is enabled.")
+    browser.text(story["links"]["ray_dashboard"], wanted="Token authentication is enabled.")
 
 
 def test_the_dashboard_shows_the_cluster_to_who_has_the_token(
     stack: OwnStack, story: dict[str, Any], browser: Browser
 ) -> None:
-    dashboard = story["links"]["ray dashboard"].split("/#")[0]
+    dashboard = story["links"]["ray_dashboard"].split("/#")[0]
     token = Path(stack.home / "ray_token").read_text().strip()
     shown = browser.text(f"{dashboard}/#/cluster", wanted="ALIVE", cookies={"ray-authentication-token": token})
     assert "127.0.0.1" in shown

@@ -134,7 +134,7 @@ def story(run: RunDetail = RUN) -> describe.Story:
                 details={},
             )
         ],
-        links=describe.links(run, mlflow_uri="", ray_dashboard="http://127.0.0.1:8265"),
+        links=describe.links(run, ray_dashboard="http://127.0.0.1:8265"),
     )
 
 
@@ -181,20 +181,12 @@ def test_the_main_metric_is_a_declared_one_of_the_lowest_rank() -> None:
     assert describe.main_metric([]) is None
 
 
-@pytest.mark.parametrize(
-    ("mlflow_uri", "mirrored", "link"),
-    [
-        ("http://host:5000/", {"experiment_id": "3", "run_id": "ab"}, "http://host:5000/#/experiments/3/runs/ab"),
-        ("http://ada:secret@host", {"experiment_id": "3", "run_id": "ab"}, "http://host/#/experiments/3/runs/ab"),
-        ("sqlite:///mlflow.db", {"experiment_id": "3", "run_id": "ab"}, None),
-        ("http://127.0.0.1:5000", None, None),
-    ],
-)
-def test_the_link_to_mlflow_is_one_that_opens_the_run_and_holds_no_password(
-    mlflow_uri: str, mirrored: dict[str, str] | None, link: str | None
-) -> None:
-    run = replace(RUN, links={"mlflow": mirrored} if mirrored else {})
-    assert describe.links(run, mlflow_uri=mlflow_uri, ray_dashboard="").get("mlflow") == link
+def test_the_link_to_mlflow_is_what_the_mirror_noted() -> None:
+    url = "http://127.0.0.1:5000/#/experiments/3/runs/ab"
+    mirrored = replace(RUN, links={"mlflow": {"run_id": "ab", "url": url}})
+    assert describe.links(mirrored, ray_dashboard="")["mlflow"] == url
+    assert "mlflow" not in describe.links(replace(RUN, links={"mlflow": {"run_id": "ab", "url": ""}}), ray_dashboard="")
+    assert "mlflow" not in describe.links(replace(RUN, links={}), ray_dashboard="")
 
 
 def test_a_narrow_terminal_shows_fewer_columns_instead_of_broken_ones(monkeypatch: pytest.MonkeyPatch) -> None:
