@@ -80,6 +80,20 @@ class AmbiguousName(UserError):
         return f"{self.name!r} means more than one {self.what}: {', '.join(self.candidates)}. Give the full id."
 
 
+class RunIsActive(UserError):
+    """A run that is still going on cannot get another attempt."""
+
+    def __init__(self, run: str, status: str) -> None:
+        super().__init__(run, status)
+        self.run, self.status = run, status
+
+    def __str__(self) -> str:
+        return (
+            f"Run {self.run} is {self.status}: it can be resumed when it has ended. `orc cancel {self.run}` ends it; "
+            "if its driver is gone, it is called CRASHED within half a minute."
+        )
+
+
 class IllegalTransition(UserError):
     """A run cannot go from one status to the other."""
 

@@ -1,10 +1,9 @@
 """Values that cross a process border. They import nothing of ours, are frozen, and show themselves.
 
-A *point* is 32 bytes (`POINT`), the same in the spool, on the wire and in the tracker's log. A *fact* is anything
-else a
-producer says about its run (a parameter, a tag, an event, a checkpoint, an end); facts are JSON. Both are numbered
-per producer,
-1, 2, 3 …, in two streams of their own, and travel in `Batch`es that carry everything needed to store them.
+A *point* is 32 bytes (`POINT`), the same in the spool, on the wire and in the tracker's log. A *fact* is anything else
+a producer says about its run (a parameter, a tag, an event, a checkpoint, an end); facts are JSON. Both are numbered
+per producer, 1, 2, 3 …, in two streams of their own, and travel in `Batch`es that carry everything needed to store
+them.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
     RunStatus.cancelled: frozenset({RunStatus.running, RunStatus.queued}),
 }
 """A resumed run goes from an end back to RUNNING (as a new attempt). CRASHED is a verdict from silence: if the
-producer was
-alive after all and says how it ended, its word counts."""
+producer was alive after all and says how it ended, its word counts.
+"""
 
 
 class Stream(IntEnum):
@@ -229,7 +228,11 @@ class RunSpec:
     project: str = "default"
     user: str = ""
     run: str = ""
-    """An existing run's id: this is its next attempt. Empty: a new run."""
+    """An existing run's id: this is its next attempt. Empty: a new run, unless `resume` finds one."""
+    after_attempt: int = 0
+    """The attempt of `run` that is known to be over; 0: the run must have ended."""
+    resume: bool = False
+    """Continue the newest run of the same experiment and config that did not finish, if there is one."""
     name: str = ""
     description: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)

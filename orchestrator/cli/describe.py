@@ -118,6 +118,8 @@ class Story:
         """The command that goes on from here; with the id, because several runs may have one name."""
         if not self.run.status.is_terminal:
             return f"orc logs {self.run.run} --follow"
+        if self.run.status is not RunStatus.finished:
+            return f"orc resume {self.run.run}"
         return f"orc run --from {self.run.run}"
 
     def render(self, output: Output, now: float) -> None:

@@ -82,6 +82,12 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="the run's name (default: a pronounceable one)")
 
 
+def _resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what shall be different in this attempt")
+    parser.add_argument("--config-dir", metavar="DIR", help="a directory with configs of your own")
+
+
 def _services(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="e.g. database.url=… ray.address=… mlflow.enabled=false"
@@ -170,6 +176,14 @@ VERBS: tuple[Verb, ...] = (
         target="train:run",
         define=_train,
         epilog="example: orc run train=my_project.digits:train resources.workers=2 optim.lr=0.01",
+    ),
+    Verb(
+        name="resume",
+        topic=TRAINING,
+        summary="go on with a run that was interrupted, as its next attempt",
+        target="train:resume",
+        define=_resume,
+        epilog="example: orc resume last failures.max_restarts=3",
     ),
     Verb(
         name="cancel",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator import config
+from orchestrator.catalog import open_catalog
 from orchestrator.cli import progress, text
 from orchestrator.cli.configs import composed
 from orchestrator.cli.output import Output
+from orchestrator.config import Job
+from orchestrator.errors import RunIsActive, UserError
 from orchestrator.records import RunStatus
 
 if TYPE_CHECKING:
@@ -17,12 +22,31 @@ METRICS_AT_THE_END = 12
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    job = composed(arguments, name=arguments.name)
+    return _trained(composed(arguments, name=arguments.name), arguments, output)
+
+
+def resume(arguments: argparse.Namespace, output: Output) -> int:
+    """The stored config of the run, with overrides, as its next attempt."""
+    with open_catalog(arguments.home) as catalog:
+        interrupted = catalog.run(arguments.run)
+    if not interrupted.status.is_terminal:
+        raise RunIsActive(interrupted.run, interrupted.status)
+    if interrupted.status is RunStatus.finished and not arguments.overrides:
+        hint = (
+            f"Give it more to do, e.g. `orc resume {interrupted.name} epochs=40`, or start anew with `orc run --from`."
+        )
+        raise UserError(f"Run {interrupted.name} is FINISHED: there is nothing left to resume. {hint}")
+    directory = Path(arguments.config_dir) if arguments.config_dir else None
+    job = config.compose(arguments.overrides, config_dir=directory, base=interrupted.config)
+    return _trained(job, arguments, output, run=interrupted.run)
+
+
+def _trained(job: Job, arguments: argparse.Namespace, output: Output, *, run: str = "") -> int:
     from orchestrator.execution import driver  # after the config is known to be right: it imports ray
 
     display = progress.display(output.stderr if output.as_json else output.stdout)
     try:
-        outcome = driver.train(job, home=arguments.home, progress=display)
+        outcome = driver.train(job, home=arguments.home, progress=display, run=run)
     finally:
         display.close()
     output.result(outcome, lambda: render(outcome, output))

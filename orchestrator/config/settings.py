@@ -40,6 +40,15 @@ class Direction(StrEnum):
     max = "max"
 
 
+class Resume(StrEnum):
+    """What the same command does when it is given again."""
+
+    new = "new"
+    """A new run."""
+    auto = "auto"
+    """The next attempt of the newest run with the same experiment and config, if that one did not finish."""
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """What the run is called and belongs to."""
@@ -56,8 +65,7 @@ class RunConfig:
     """Who is acting. Empty: the account that submits."""
     seed: int = bounded(0, minimum=0, maximum=2**32 - 1)
     """Root seed; every rank's seeds are derived from it."""
-    resume: str = ""
-    """Id or name of a run to continue as its next attempt. Empty: a new run."""
+    resume: Resume = Resume.new
 
 
 @dataclass(kw_only=True)

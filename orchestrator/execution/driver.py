@@ -2,8 +2,8 @@
 Ray job.
 
 The driver waits, renews the attempt's lease, and says how it ended. It carries no data: metrics go from the workers'
-spools to the
-tracker. Whatever happens to it, what was logged arrives, and a driver that vanishes is noticed by its lease.
+spools to the tracker. Whatever happens to it, what was logged arrives, and a driver that vanishes is noticed by its
+lease.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from orchestrator.config import (
     Enabled,
     Job,
     NodeCapacity,
+    Resume,
     SecretFilter,
     Settings,
     check_resources,
@@ -99,12 +100,11 @@ class Silent:
     def finished(self, outcome: Outcome) -> None: ...
 
 
-def train(job: Job, *, home: Path | None = None, progress: Progress | None = None) -> Outcome:
-    """Runs `job` once on the stack of `home` and waits for its end.
+def train(job: Job, *, home: Path | None = None, progress: Progress | None = None, run: str = "") -> Outcome:
+    """Runs `job` on the stack of `home`, as the next attempt of `run` if that is given, and waits for its end.
 
-    Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable. A run that
-    fails does not
-    raise: the outcome says so.
+    Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable, RunIsActive.
+    A run that fails does not raise: the outcome says so.
     """
     progress = progress or Silent()
     stack = Stack.load(home)
@@ -112,7 +112,7 @@ def train(job: Job, *, home: Path | None = None, progress: Progress | None = Non
     tracker = connect(stack)
     check_stack(job.settings, stack)
     check_resources(job.settings, _capacity())
-    spec = _spec(job, stack)
+    spec = replace(_spec(job, stack), run=run)
     try:
         return _attempts(job, stack, tracker, spec, progress)
     finally:
@@ -132,7 +132,7 @@ def _attempts(job: Job, stack: Stack, tracker: Any, spec: RunSpec, progress: Pro
         restarts += 1
         progress.phase(f"restarting in {pause:.0f} s ({restarts} of {_limit(job.settings.failures.max_restarts)})")
         time.sleep(pause)
-        spec = replace(spec, run=outcome.run)
+        spec = replace(spec, run=outcome.run, after_attempt=outcome.attempt)
 
 
 def _limit(most: int) -> str:
@@ -448,6 +448,7 @@ def _spec(job: Job, stack: Stack) -> RunSpec:
         workers=job.settings.resources.workers,
         seed=run.seed,
         lease=job.settings.tracking.lease,
+        resume=run.resume is Resume.auto,
         job=_submission_id(),
     )
 

@@ -1,8 +1,7 @@
 """Finds our services on the cluster and speaks to them. The only library module that waits for Ray calls.
 
 A service may die and come back under its name at any time, so a call looks its handle up again when the last one
-failed. Ray's own
-exceptions end here: callers see ConnectionError, TimeoutError, or the service's own error.
+failed. Ray's own exceptions end here: callers see ConnectionError, TimeoutError, or the service's own error.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from orchestrator.errors import ServiceUnavailable
 from orchestrator.records import Ack, RunSpec, RunTicket
@@ -43,7 +42,7 @@ class Remote:
             raise (error.cause or error) from None
         except GetTimeoutError as error:
             raise TimeoutError(f"{self.name} did not answer within {timeout or self.timeout:.0f} s") from error
-        except (RayActorError, RaySystemError, ValueError) as error:
+        except (RayError, ValueError) as error:  # an actor, node or head that is gone, and what was lost with it
             self._handle = None
             raise ConnectionError(f"{self.name} is not there: {type(error).__name__}") from error
 

@@ -12,9 +12,8 @@ def torch_trainer(
 ) -> Any:
     """A TorchTrainer (Train V2) that runs `plan` once.
 
-    Ray Train neither retries nor keeps checkpoints here: restarts are attempts, which are ours to number, and
-    resuming needs no
-    snapshot of Ray's. Metrics never go through `train.report`.
+    Ray Train neither retries nor keeps checkpoints here: restarts are attempts, which are ours to number, and resuming
+    needs no snapshot of Ray's. Metrics never go through `train.report`.
     """
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from orchestrator.errors import NotFound
+from orchestrator.errors import NotFound, RunIsActive
 from orchestrator.records import TERMINAL, TRANSITIONS, RunSpec, RunStatus, RunTicket
 from orchestrator.store.chunks import LATEST_TIME_MS
 from orchestrator.store.cleaning import clean_json, clean_name, clean_text, typed
@@ -40,9 +40,13 @@ def json_or_null(value: Mapping[str, Any] | None) -> Jsonb | None:
 
 
 def open_attempt(cursor: Cursor, spec: RunSpec, now: float, lease_seconds: float) -> RunTicket:
-    """The run (new, unless `spec.run` names one) as RUNNING in its next attempt. Raises NotFound."""
+    """The run (new, unless `spec` names or finds one) as RUNNING in its next attempt. Raises NotFound, RunIsActive."""
     at, user = when(now), clean_text(spec.user)
-    run = clean_text(spec.run) or _create_run(cursor, spec, at, now)
+    run = (
+        clean_text(spec.run)
+        or (_interrupted(cursor, spec) if spec.resume else "")
+        or _create_run(cursor, spec, at, now)
+    )
     found = cursor.execute(
         "SELECT r.attempt, r.name, r.status, r.directory, e.name"
         " FROM runs r JOIN experiments e ON e.id = r.experiment_id WHERE r.id = %s"
@@ -52,6 +56,9 @@ def open_attempt(cursor: Cursor, spec: RunSpec, now: float, lease_seconds: float
     if found is None:
         raise NotFound("run", run)
     earlier, name, status, directory, experiment = found
+    is_over = status == RunStatus.created or RunStatus(status).is_terminal or earlier == spec.after_attempt
+    if not is_over:
+        raise RunIsActive(run, status)
     attempt = earlier + 1
     cursor.execute(
         "UPDATE attempts SET status = %s, reason = %s, ended_at = %s, lease_until = NULL, xid = pg_current_xact_id()"
@@ -81,6 +88,17 @@ def open_attempt(cursor: Cursor, spec: RunSpec, now: float, lease_seconds: float
         details={"old": status, "new": RunStatus.running},
     )  # fmt: skip
     return RunTicket(run=run, name=name, experiment=experiment, attempt=attempt, directory=directory)
+
+
+def _interrupted(cursor: Cursor, spec: RunSpec) -> str:
+    """The newest run that did the same work and did not come to its end; '' if there is none."""
+    found = cursor.execute(
+        "SELECT r.id, r.status FROM runs r JOIN experiments e ON e.id = r.experiment_id"
+        " WHERE e.project = %s AND e.name = %s AND r.config_hash = %s AND r.deleted_at IS NULL"
+        " ORDER BY r.id DESC LIMIT 1",
+        (clean_name(spec.project) or "default", clean_name(spec.experiment) or "default", spec.config_hash),
+    ).fetchone()
+    return found[0] if found and found[1] != RunStatus.finished else ""
 
 
 def _create_run(cursor: Cursor, spec: RunSpec, at: datetime, now: float) -> str:

@@ -1,12 +1,12 @@
 """Moves what is accepted from the tracker's log into PostgreSQL.
 
-The log is the queue: the committer reads behind the writer, so an outage of any length costs disk, not memory. What
-it commits
-twice after a crash is dropped by the producer's watermark, in the same transaction (`store.commit`).
+The log is the queue: the committer reads behind the writer, so an outage of any length costs disk, not memory. What it
+commits twice after a crash is dropped by the producer's watermark, in the same transaction (`store.commit`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -24,8 +24,8 @@ Watermarks = Mapping[tuple[str, Stream], int]
 class CommitTarget(Protocol):
     def commit(self, batches: Sequence[Batch]) -> Watermarks:
         """One transaction for everything; returns the new watermarks. Raises ServiceUnavailable; SequenceGap and
-        UnknownRun after
-        committing what the others sent."""
+        UnknownRun after committing what the others sent.
+        """
         ...
 
 
@@ -65,8 +65,11 @@ class Committer:
         self._note_success()
         self._on_commit(watermarks)
         self._position = position
-        self._log.save_cursor(position)
+        # In this order: on a full disk the cursor cannot be written before a segment is gone. A cursor that is too old
+        # does no harm.
         self._log.remove_before(position)
+        with contextlib.suppress(OSError):
+            self._log.save_cursor(position)
         return True
 
     def _commit(self, batches: Sequence[Batch]) -> Watermarks:

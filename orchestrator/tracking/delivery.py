@@ -1,8 +1,7 @@
 """Exactly once: who numbers, who drops. Pure.
 
-A producer numbers its entries 1, 2, 3 … per stream. The tracker accepts a batch when it continues what it has; what
-it has already
-is acknowledged again and not stored again; a gap is refused, and the answer tells from where to send.
+A producer numbers its entries 1, 2, 3 … per stream. The tracker accepts a batch when it continues what it has; what it
+has already is acknowledged again and not stored again; a gap is refused, and the answer tells from where to send.
 """
 
 from __future__ import annotations

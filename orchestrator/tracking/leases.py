@@ -1,8 +1,7 @@
 """Who is still alive. Pure: times in, verdicts out.
 
 A running attempt holds a lease that its driver renews. Deadlines are of the tracker's monotonic clock, so a jump of
-the wall clock
-ends nobody.
+the wall clock ends nobody.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from typing import Any
@@ -15,12 +16,17 @@ _MAX_KEYS = 1_000
 
 
 class LiveValues:
-    """Newest value per key of each run, of the lowest rank that logs the key."""
+    """Newest value per key of each run, of the lowest rank that logs the key. May be used from many threads."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def take(self, batch: Batch) -> None:
+        with self._lock:
+            self._take(batch)
+
+    def _take(self, batch: Batch) -> None:
         run = self._runs.setdefault(batch.run, {"points": 0, "step": 0, "first": time.monotonic(), "metrics": {}})
         self._runs.move_to_end(batch.run)
         while len(self._runs) > _MAX_RUNS:
@@ -42,10 +48,14 @@ class LiveValues:
         """{"points", "step", "rate" (points per second), "metrics": {key: {"step", "value", "rank"}}}; {} for an
         unknown run.
         """
-        known = self._runs.get(run)
-        if known is None:
-            return {}
-        metrics = {
-            key: {"rank": rank, "step": step, "value": value} for key, (rank, step, value) in known["metrics"].items()
-        }
-        return {"points": known["points"], "step": known["step"], "rate": known.get("rate", 0.0), "metrics": metrics}
+        with self._lock:
+            known = self._runs.get(run)
+            if known is None:
+                return {}
+            metrics = {
+                key: {"rank": rank, "step": step, "value": value}
+                for key, (rank, step, value) in known["metrics"].items()
+            }
+            return {
+                "points": known["points"], "step": known["step"], "rate": known.get("rate", 0.0), "metrics": metrics,
+            }  # fmt: skip

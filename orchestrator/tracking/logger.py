@@ -6,6 +6,7 @@ No I/O call, no lock, no thread, no network. Everything else is done by the node
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import os
@@ -21,6 +22,8 @@ from orchestrator.errors import BadMetric
 from orchestrator.records import MAX_KEY_BYTES, Fact
 from orchestrator.tracking.spool import Owner, SpoolWriter
 
+_messages = logging.getLogger(__name__)
+
 _INT64 = 1 << 63
 _PENDING_LIMIT = 256
 
@@ -29,10 +32,8 @@ class Logger:
     """Records points and facts of one rank of one attempt.
 
     Promises: `log` returns after a memory write; what it was given survives SIGKILL of this process. A value that
-    cannot be
-    recorded raises BadMetric naming the key, after the rest of the mapping was recorded. May be called from any
-    thread and from
-    forked children: each gets a spool (and a producer id) of its own.
+    cannot be recorded raises BadMetric naming the key, after the rest of the mapping was recorded. May be called from
+    any thread and from forked children: each gets a spool (and a producer id) of its own.
     """
 
     def __init__(self, root: Path, *, run: str, attempt: int, rank: int, max_bytes: int = 1 << 30) -> None:
@@ -42,7 +43,7 @@ class Logger:
         self._thread = threading.get_ident()
         self._others = threading.local()
         self._all = [self._spool]
-        self._pending: list[tuple[int, int, float, Any]] = []
+        self._pending: list[tuple[str, int, float, Any]] = []
         self.step = 0
         """The step of the next `log` that gives none; it then counts up by one."""
         _loggers.add(self)
@@ -69,7 +70,7 @@ class Logger:
                     continue
             if type(value) is not float:
                 try:
-                    value = self._number(key, value, index, step, now)
+                    value = self._number(key, value, step, now)
                 except BadMetric as error:
                     bad = bad or error
                     continue
@@ -128,7 +129,7 @@ class Logger:
     # -- values
     # ------------------------------------------------------------------------------------------------------------
 
-    def _number(self, key: str, value: Any, index: int, step: int, now: float) -> float | None:
+    def _number(self, key: str, value: Any, step: int, now: float) -> float | None:
         """`value` as float64; None when it will be resolved later (a tensor on an accelerator)."""
         kind = type(value)
         if kind is int or kind is bool:
@@ -138,7 +139,7 @@ class Logger:
             if value.numel() != 1:
                 raise BadMetric(key, f"is a tensor of shape {tuple(value.shape)}; log a scalar, e.g. its mean()")
             # A copy on the device's own queue: no synchronisation now, and later in-place changes do not matter.
-            self._pending.append((index, step, now, value.detach().reshape(()).clone()))
+            self._pending.append((key, step, now, value.detach().reshape(()).clone()))
             if len(self._pending) >= _PENDING_LIMIT:
                 self._resolve()
             return None
@@ -165,9 +166,17 @@ class Logger:
         import torch
 
         pending, self._pending = self._pending, []
-        values = torch.stack([tensor.double() for *_, tensor in pending]).cpu().tolist()
-        for (index, step, when, _), value in zip(pending, values, strict=True):
-            self._spool.append(index, step, when, value)
+        try:
+            values = torch.stack([tensor.double() for *_, tensor in pending]).cpu().tolist()
+        except RuntimeError as error:
+            # The device is broken, and the train function hears of it by its own next call; a close must go on.
+            _messages.error("%d points that were on the device are lost: %s", len(pending), error)
+            return
+        # They may have been logged by another thread, but go into the spool of the one that is here: each has one
+        # writer and keys of its own.
+        spool = self._spool if threading.get_ident() == self._thread else self._own_spool()
+        for (key, step, when, _), value in zip(pending, values, strict=True):
+            spool.append(spool.key_index(key), step, when, value)
 
     def _wait(self, reached: Any, timeout: float) -> bool:
         self._resolve()

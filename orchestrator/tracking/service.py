@@ -1,8 +1,7 @@
 """The tracker: takes numbered batches, makes them durable, acknowledges, commits; knows which runs are alive.
 
 A plain class that one process runs (`actors/tracker.py` in a cluster). All state that matters is in its log and in
-PostgreSQL: it may
-be killed and started again at any time.
+PostgreSQL: it may be killed and started again at any time.
 """
 
 from __future__ import annotations
@@ -51,6 +50,8 @@ class TrackerService:
         self._store = open_store(database_url)
         self._spool_directory = spool_directory
         self._ingest_lock = threading.Lock()
+        self._learning = threading.Lock()
+        """Held by the one thread that asks the database about producers."""
         self._accepted: dict[tuple[str, Stream], int] = {}
         self._committed: dict[tuple[str, Stream], int] = {}
         self._leases = Leases(lease)
@@ -112,8 +113,7 @@ class TrackerService:
         """Takes encoded batches. When it returns, everything acknowledged as accepted is fsynced.
 
         A batch that leaves a gap is refused: the ack's `accepted` tells from where to send again. Bytes that are no
-        batch are
-        counted and left out. A disk that cannot sync ends the process: its pages' state is unknown.
+        batch are counted and left out. A disk that cannot sync ends the process: its pages' state is unknown.
         """
         batches = []
         for frame in frames:
@@ -122,6 +122,7 @@ class TrackerService:
             except BadFrame as error:
                 self._refused += 1
                 logger.error("refused a batch: %s", error)
+        self._learn([batch.producer for batch in batches])
         with self._ingest_lock:
             taken = self._accept(batches)
         for batch in taken:
@@ -130,15 +131,14 @@ class TrackerService:
 
     def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
         """Where each (producer, run, attempt) stands, both streams."""
-        with self._ingest_lock:
-            self._learn([producer for producer, _, _ in producers])
+        self._learn([producer for producer, _, _ in producers])
         acks = [self._ack(producer, stream, run) for producer, run, _ in producers for stream in Stream]
         return [ack for ack in acks if ack is not None]
 
     def _accept(self, batches: Sequence[Batch]) -> list[Batch]:
         taken: list[Batch] = []
-        before = {(b.producer, b.stream): self._known(b.producer, b.stream) for b in batches}
-        accepted = dict(before)
+        # None: a new producer, of which the database has not told yet whether it has something of it.
+        accepted = {(b.producer, b.stream): self._accepted.get((b.producer, b.stream)) for b in batches}
         try:
             for batch in batches:
                 key = (batch.producer, batch.stream)
@@ -168,25 +168,24 @@ class TrackerService:
     def _learn(self, producers: Sequence[str]) -> None:
         """Asks the database about producers that this process has not seen commit yet (new ones, or all after a
         restart).
+
+        Never under the ingest lock, and by one thread at a time: a database that hangs must not hold up what needs
+        none. Who finds another thread asking goes on without; the agent comes again.
         """
         unknown = [producer for producer in producers if (producer, Stream.points) not in self._committed]
-        if not unknown:
+        if not unknown or not self._learning.acquire(blocking=False):
             return
         try:
             stored = self._store.watermarks(unknown)
         except UserError:
             return
-        for producer in unknown:
-            for stream in Stream:
-                key = (producer, stream)
-                self._committed[key] = stored.get(key, 0)
+        finally:
+            self._learning.release()
+        with self._ingest_lock:
+            for key in ((producer, stream) for producer in unknown for stream in Stream):
+                self._committed[key] = max(self._committed.get(key, 0), stored.get(key, 0))
                 # A log that was lost or cut counts for nothing against what is committed, and the other way round.
                 self._accepted[key] = max(self._accepted.get(key, 0), self._committed[key])
-
-    def _known(self, producer: str, stream: Stream) -> int | None:
-        """What is accepted of a stream; None while that cannot be known (a new producer and no database)."""
-        self._learn([producer])
-        return self._accepted.get((producer, stream))
 
     def _ack(self, producer: str, stream: Stream, run: str) -> Ack | None:
         key = (producer, stream)
@@ -208,9 +207,11 @@ class TrackerService:
         self._committed.update(watermarks)
 
     def _on_gap(self, gaps: Sequence[Gap]) -> None:
+        # Nothing of these producers was committed, of the other stream neither: the database says where both stand.
         with self._ingest_lock:
-            for gap in gaps:
-                self._accepted[gap.producer, gap.stream] = gap.expected - 1
+            for key in ((gap.producer, stream) for gap in gaps for stream in Stream):
+                self._accepted.pop(key, None)
+                self._committed.pop(key, None)
 
     def commit_step(self) -> bool:
         """Moves the next piece of the log into PostgreSQL. False if there is nothing to do, or no database."""

@@ -31,9 +31,8 @@ class Tracker(Protocol):
 class Shipper:
     """One per node. `step` sends what is new once; `run` repeats it.
 
-    A batch is sent again until it is acknowledged; the tracker drops what it has. A spool is removed when its
-    producer is dead and
-    everything in it is committed.
+    A batch is sent again until it is acknowledged; the tracker drops what it has. A spool is removed when its producer
+    is dead and everything in it is committed.
     """
 
     PAUSE = 0.05
@@ -44,7 +43,11 @@ class Shipper:
         prepare_root(root)
         self._root, self._tracker, self._clock = root, tracker, clock or SystemClock()
         self._readers: dict[str, SpoolReader] = {}
+        self._readers_lock = threading.Lock()
+        """`backlog` is asked from other threads while `step` adds and removes readers."""
         self._unusable: set[str] = set()
+        self._unreadable: set[str] = set()
+        """Spools whose last reading failed; said once, tried again in each round."""
         self._stop = threading.Event()
         self._asked = 0.0
         self.failures = 0
@@ -66,7 +69,7 @@ class Shipper:
         self._stop.set()
 
     def step(self) -> bool:
-        """One round. True if there may be more to send at once."""
+        """One round. True if something was taken, so that there may be more to send at once."""
         self._discover()
         batches = self._collect()
         try:
@@ -80,19 +83,22 @@ class Shipper:
         if self.failures:
             logger.info("the tracker answers again")
         self.failures = 0
+        before = [self._readers[batch.producer].accepted(batch.stream) for batch in batches]
         self._apply(acks)
+        after = [self._readers[batch.producer].accepted(batch.stream) for batch in batches]
         self._remove_finished()
         self.shipped += sum(batch.count for batch in batches)
-        return bool(batches)
+        return before != after
 
     def backlog(self) -> dict[str, int]:
         """Entries logged on this node that are not yet accepted or committed."""
-        readers = self._readers.values()
-        return {
-            "producers": len(self._readers),
-            "not_accepted": sum(r.logged(s) - r.accepted(s) for r in readers for s in Stream),
-            "not_committed": sum(r.logged(s) - r.committed(s) for r in readers for s in Stream),
-        }
+        with self._readers_lock:
+            readers = self._readers.values()
+            return {
+                "producers": len(self._readers),
+                "not_accepted": sum(r.logged(s) - r.accepted(s) for r in readers for s in Stream),
+                "not_committed": sum(r.logged(s) - r.committed(s) for r in readers for s in Stream),
+            }
 
     def _discover(self) -> None:
         for directory in spools(self._root):
@@ -100,24 +106,37 @@ class Shipper:
             if name in self._readers or name in self._unusable:
                 continue
             try:
-                self._readers[name] = SpoolReader(directory)
+                reader = SpoolReader(directory)
             except SpoolUnusable as error:
                 self._unusable.add(name)
                 logger.error("%s; it is left where it is", error)
+                continue
+            with self._readers_lock:
+                self._readers[name] = reader
 
     def _collect(self) -> list[Batch]:
         batches: list[Batch] = []
         size_bytes = 0
         for reader in self._readers.values():
-            # Facts first: a run's parameters should be there before its curves.
-            for stream in (Stream.facts, Stream.points):
-                batch = reader.next_batch(stream, reader.accepted(stream))
-                if batch is not None:
-                    batches.append(batch)
-                    size_bytes += len(batch.payload)
+            found = self._batches_of(reader)
+            batches += found
+            size_bytes += sum(len(batch.payload) for batch in found)
             if size_bytes > self.ROUND_BYTES:
                 break
         return batches
+
+    def _batches_of(self, reader: SpoolReader) -> list[Batch]:
+        try:
+            # Facts first: a run's parameters should be there before its curves.
+            found = [reader.next_batch(stream, reader.accepted(stream)) for stream in (Stream.facts, Stream.points)]
+        except Exception:
+            # A damaged spool must not hold up those of the other producers.
+            if reader.producer not in self._unreadable:
+                self._unreadable.add(reader.producer)
+                logger.exception("the spool %s cannot be read; it is left where it is", reader.directory)
+            return []
+        self._unreadable.discard(reader.producer)
+        return [batch for batch in found if batch is not None]
 
     def _ask_for_commits(self, now: float) -> list[Ack]:
         """Producers with nothing new to send still wait for their commits, and for a word to stop."""
@@ -139,5 +158,6 @@ class Shipper:
     def _remove_finished(self) -> None:
         for name, reader in list(self._readers.items()):
             if reader.is_done():
+                with self._readers_lock:
+                    del self._readers[name]
                 reader.remove()
-                del self._readers[name]

@@ -11,10 +11,8 @@ One directory per producer, named by its id:
     owner           locked with lockf by the living producer
 
 The producer writes a record and then moves the `logged` counter; the agent reads up to the counter. Both are plain
-stores into
-shared memory, so what was logged survives SIGKILL of the producer. `fcntl.lockf`, not `flock`: a forked DataLoader
-worker that
-outlives its killed parent would keep a flock.
+stores into shared memory, so what was logged survives SIGKILL of the producer. `fcntl.lockf`, not `flock`: a forked
+DataLoader worker that outlives its killed parent would keep a flock.
 """
 
 from __future__ import annotations
@@ -65,8 +63,8 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 
 _own: set[str] = set()
 """Producers of this process that still log. Their locks must not be asked for from here: the kernel would grant a
-second descriptor
-the lock, and closing that descriptor would give up the first one's."""
+second descriptor the lock, and closing that descriptor would give up the first one's.
+"""
 
 
 class SpoolUnusable(OrchestratorError):
@@ -129,8 +127,7 @@ class SpoolWriter:
     """The producer's side. One per (process, thread): it takes no lock.
 
     After a fork the child must not use it (`Logger` sees to that). Blocks in `append` only when `max_bytes` of points
-    wait to be
-    committed.
+    wait to be committed.
     """
 
     def __init__(self, root: Path, owner: Owner, *, max_bytes: int = 1 << 30, producer: str | None = None) -> None:
@@ -182,8 +179,10 @@ class SpoolWriter:
         offset = self._offset
         if offset == _SEGMENT_BYTES:
             self._next_segment()
-            offset = 0
+            offset = self._offset
         _RECORD.pack_into(self._segment, offset, key_index, 0, step, time, value)
+        if self._offset != offset:
+            return self.append(key_index, step, time, value)  # a signal handler logged just now and took the place
         self._offset = offset + 32
         self._logged += 1
         # The counter moves after the record is whole: the agent reads up to it.
@@ -209,6 +208,8 @@ class SpoolWriter:
         path = self.directory / f"points-{number:06d}"
         _reserve(path, _SEGMENT_BYTES)  # raises on a full disk: nothing has changed, the next point tries again
         segment = _map(path)
+        if self._segment_number >= number:
+            return  # a signal handler logged just now and was faster
         self._segment.close()
         self._segment, self._segment_number, self._offset = segment, number, 0
 
@@ -226,9 +227,17 @@ class SpoolWriter:
     # -------------------------------------------------------------------------------------------------------------
 
     def append_fact(self, fact: Fact) -> None:
-        """Logs one fact: one write(2), then the counter."""
+        """Logs one fact: the line, then the counter. Raises OSError on a full disk, and nothing has changed."""
         line = json.dumps(fact.to_json(), separators=(",", ":")).encode() + b"\n"
-        os.write(self._facts_fd, line)
+        before = os.fstat(self._facts_fd).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._facts_fd, line[written:])
+        except OSError:
+            # Most likely a full disk. Half a line would spoil the facts behind it.
+            os.ftruncate(self._facts_fd, before)
+            raise
         self._facts_logged += 1
         _U64.pack_into(self._control, _FACTS_LOGGED, self._facts_logged)
 
@@ -296,7 +305,10 @@ class SpoolReader:
         if self._control[:8] != _MAGIC or struct.unpack_from("<I", self._control, 8)[0] != PROTOCOL:
             raise SpoolUnusable(str(directory), "it was written by another version")
         fields = Owner.__dataclass_fields__
-        self.owner = Owner(**{name: meta[name] for name in fields})
+        try:
+            self.owner = Owner(**{name: meta[name] for name in fields})
+        except (KeyError, TypeError) as error:
+            raise SpoolUnusable(str(directory), f"its meta.json lacks {error}") from error
         self._keys: list[str] = []
         self._keys_read = 0
         self._facts_position = (0, 0)  # (facts read, byte offset behind them)
@@ -334,7 +346,10 @@ class SpoolReader:
         """The producer still lives."""
         if self.producer in _own:
             return True
-        fd = os.open(self.directory / "owner", os.O_RDWR)
+        try:
+            fd = os.open(self.directory / "owner", os.O_RDWR)
+        except FileNotFoundError:
+            return False  # somebody removed the directory
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -344,9 +359,10 @@ class SpoolReader:
         return False
 
     def is_done(self) -> bool:
-        """Everything that will ever be here is committed."""
+        """Everything that will ever be here is committed, or somebody removed the directory."""
         # Asked twice: the producer may log its last points between the first look and its death.
-        return self._all_committed() and not self.is_owned() and self._all_committed()
+        is_done = self._all_committed() and not self.is_owned() and self._all_committed()
+        return is_done or not self.directory.exists()
 
     def _all_committed(self) -> bool:
         return all(self.committed(s) >= self.logged(s) for s in Stream)
@@ -364,6 +380,8 @@ class SpoolReader:
         count = min(count, SEGMENT_POINTS - index)
         path = self.directory / f"points-{number:06d}"
         records = np.fromfile(path, dtype=POINT, count=count, offset=index * POINT.itemsize)
+        if len(records) < count:
+            raise SpoolUnusable(str(self.directory), f"{path.name} is shorter than what was logged into it")
         used, local = np.unique(records["key"], return_inverse=True)
         names = self._key_names()
         records["key"] = local

@@ -1,11 +1,9 @@
 """The tracker's log: what is *accepted* stands here, fsynced, until PostgreSQL has it.
 
 Segments `00000001.log` … hold frames: magic, length, CRC-32 of the payload, payload (an encoded `Batch`). The
-committer reads the
-same files behind the writer, so an outage of the database costs disk, not memory. A torn tail is cut off at start;
-damage in the
-middle is skipped to the next intact frame and reported (the producers, who keep what is not committed, are asked
-again).
+committer reads the same files behind the writer, so an outage of the database costs disk, not memory. A torn tail is
+cut off at start; damage in the middle is skipped to the next intact frame and reported (the producers, who keep what
+is not committed, are asked again).
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import json
 import logging
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,28 +52,33 @@ class WriteAheadLog:
     """Append-only. One process at a time (lockf); `append` and `sync` from one thread, `read` from any.
 
     After a failed fsync the pages' state is unknown, so it is never tried again: `sync` raises OSError and the owner
-    must exit.
+    must exit. `wait`: seconds to wait for a process before this one that still holds the log. Raises LogInUse.
     """
 
     def __init__(
-        self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES, fsync: Callable[[int], None] = os.fsync
+        self,
+        directory: Path,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        fsync: Callable[[int], None] = os.fsync,
+        wait: float = 0.0,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.directory = directory
         self._segment_bytes = segment_bytes
         self._fsync = fsync
         self._lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock_fd)
-            raise LogInUse(str(directory)) from error
+        deadline = time.monotonic() + wait
+        while not _is_locked(self._lock_fd):
+            if time.monotonic() >= deadline:
+                os.close(self._lock_fd)
+                raise LogInUse(str(directory))
+            time.sleep(0.05)
         self.damaged_bytes = 0
         """Bytes in the middle of segments that were found unreadable."""
         numbers = self._segments()
         if not numbers:
-            self._number = 1
-            self._create_segment()
+            self._start_segment(1)
         else:
             self._number = numbers[-1]
             self._fd = os.open(self._path(self._number), os.O_RDWR)
@@ -143,7 +147,10 @@ class WriteAheadLog:
         try:
             raw = json.loads((self.directory / "cursor.json").read_text())
             cursor = Position(int(raw["segment"]), int(raw["offset"]))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.start()
+        if cursor > self._synced:
+            # Of a log that was lost or cut since: waiting there would pass over what is written now.
             return self.start()
         return max(cursor, self.start())
 
@@ -162,20 +169,27 @@ class WriteAheadLog:
 
     def _rotate(self) -> None:
         self._fsync(self._fd)
-        os.close(self._fd)
-        self._number += 1
-        self._create_segment()
+        full = self._fd
+        self._start_segment(self._number + 1)
+        os.close(full)
 
-    def _create_segment(self) -> None:
-        self._fd = os.open(self._path(self._number), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.pwrite(self._fd, _HEADER, 0)
-        self._fsync(self._fd)
-        directory_fd = os.open(self.directory, os.O_RDONLY)
+    def _start_segment(self, number: int) -> None:
+        """Makes a segment and goes on in it. When that fails (a full disk), the log stays in the one it has."""
+        path = self._path(number)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            self._fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
-        self._end = len(_HEADER)
+            os.pwrite(fd, _HEADER, 0)
+            self._fsync(fd)
+            directory_fd = os.open(self.directory, os.O_RDONLY)
+            try:
+                self._fsync(directory_fd)
+            finally:
+                os.close(directory_fd)
+        except OSError:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        self._fd, self._number, self._end = fd, number, len(_HEADER)
 
     def _cut_torn_tail(self) -> int:
         size = os.fstat(self._fd).st_size
@@ -219,3 +233,12 @@ class WriteAheadLog:
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:08d}.log"
+
+
+def _is_locked(fd: int) -> bool:
+    """Takes the lock of this process, unless another one has it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

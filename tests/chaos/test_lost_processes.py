@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import psutil
+import pytest
 
 from tests.plugins.runs import Going, Orc, wait_until
 
@@ -27,6 +28,33 @@ def test_a_killed_driver_leaves_a_crashed_run_with_every_point(going: Callable[.
             lambda rank=rank, counted=counted: len(run.stored(rank)) >= counted, 15, "every logged point in PostgreSQL"
         )
         assert run.stored(rank) == list(range(len(run.stored(rank))))
+
+
+def test_a_killed_driver_and_orc_resume_reach_the_accuracy_of_an_undisturbed_run(orc: Orc) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    process = orc.start("run", "experiment=digits", "run.name=interrupted")
+    store = orc.store()
+
+    def checkpoints() -> int:
+        runs = [row.run for row in store.runs(search="interrupted")]
+        return len(store.checkpoints(runs[0])) if runs else 0
+
+    wait_until(lambda: checkpoints() >= 2, 60, "two checkpoints")
+    process.kill()
+    process.wait()
+    wait_until(lambda: store.run("interrupted").status.value == "CRASHED", 30, "CRASHED")
+    outcome = orc.json("resume", "interrupted")
+    assert (outcome["status"], outcome["attempt"]) == ("FINISHED", 2)
+    accuracy = store.points(outcome["run"], "val/accuracy", rank=0)
+    assert accuracy.values[-1] >= 0.97
+    assert len(set(accuracy.steps.tolist())) == 15, "every epoch once or, where it was repeated, under its own step"
+    (resumed,) = [event for event in store.events(outcome["run"]) if event.kind == "resumed"]
+    assert resumed.details["is_exact"]
+    client = mlflow.MlflowClient(orc.stack.mlflow_uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, filter_string=f"tags.`orc.run_id` = '{outcome['run']}'")
+    assert len(found) == 1
+    assert "nothing left to resume" in orc("resume", "interrupted", code=2)
 
 
 def test_stopping_postgresql_mlflow_and_the_tracker_disturbs_nobody(orc: Orc, going: Callable[..., Going]) -> None:

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,14 @@ from tests.plugins.runs import PROJECT, Going, Orc, wait_until
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_digits_job_reaches_97_percent_and_everything_is_recorded(orc: Orc) -> None:
-    outcome = orc.json("run", "experiment=digits", "run.name=first")
+@pytest.fixture(scope="module")
+def digits(orc: Orc) -> dict[str, Any]:
+    """What `orc run` says of the main job."""
+    return orc.json("run", "experiment=digits")
+
+
+def test_the_digits_job_reaches_97_percent_and_everything_is_recorded(orc: Orc, digits: dict[str, Any]) -> None:
+    outcome = digits
     assert outcome["status"] == "FINISHED"
     shown = orc.json("show", outcome["run"])
     assert shown["status"] == "FINISHED"
@@ -37,10 +44,10 @@ def test_the_digits_job_reaches_97_percent_and_everything_is_recorded(orc: Orc) 
     assert list((directory / "checkpoints").glob("*/MANIFEST.json"))
 
 
-def test_the_digits_job_shows_up_in_mlflow(orc: Orc) -> None:
+def test_the_digits_job_shows_up_in_mlflow(orc: Orc, digits: dict[str, Any]) -> None:
     mlflow = pytest.importorskip("mlflow")
     store = orc.store()
-    run = store.run("first")
+    run = store.run(digits["run"])
     client = mlflow.MlflowClient(orc.stack.mlflow_uri)
 
     def mirrored() -> list:
@@ -88,6 +95,14 @@ def _nowhere(orc: Orc, canary: str, directory: Path) -> None:
     orc("db", "backup", str(dump))
     leaks = []
     needle = canary.encode()
+    mlflow = pytest.importorskip("mlflow")
+    client = mlflow.MlflowClient(orc.stack.mlflow_uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert runs, "the mirror has copied runs"
+    assert canary not in repr([run.to_dictionary() for run in runs])
+    token = Path(orc.stack.ray_token_path).read_text()
+    jobs = urllib.request.Request(f"{orc.stack.ray_dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    assert needle not in urllib.request.urlopen(jobs, timeout=10).read()
     for folder, _, names in os.walk(orc.home):
         if "postgres" in Path(folder).relative_to(orc.home).parts[:1]:
             continue

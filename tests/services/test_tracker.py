@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.clock import ManualClock
+from orchestrator.errors import RunIsActive
 from orchestrator.records import Ack, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import migrate
 from orchestrator.store.store import Store
@@ -196,6 +198,29 @@ def test_a_restarted_tracker_watches_the_attempts_it_finds(world: World) -> None
     world.clock.advance(16)
     world.tracker.lease_step()
     assert world.store.run(ticket.run).status is RunStatus.crashed
+
+
+def test_a_run_that_is_going_on_gets_no_second_attempt_and_an_ended_one_does(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    with pytest.raises(RunIsActive, match="RUNNING"):
+        world.tracker.open_run(replace(SPEC, run=ticket.run))
+    assert world.tracker.open_run(replace(SPEC, run=ticket.run, after_attempt=1)).attempt == 2
+    world.store.transition(ticket.run, 2, RunStatus.failed, now=world.clock.now())
+    again = world.tracker.open_run(replace(SPEC, run=ticket.run))
+    assert (again.run, again.attempt, again.directory) == (ticket.run, 3, ticket.directory)
+
+
+def test_the_same_command_goes_on_with_what_did_not_finish(world: World) -> None:
+    spec = replace(SPEC, resume=True, config_hash="c1")
+    first = world.tracker.open_run(spec)
+    world.store.transition(first.run, 1, RunStatus.crashed, now=world.clock.now())
+    assert world.tracker.open_run(replace(spec, config_hash="other")).run != first.run
+    second = world.tracker.open_run(spec)
+    assert (second.run, second.attempt) == (first.run, 2)
+    with pytest.raises(RunIsActive):
+        world.tracker.open_run(spec)
+    world.store.transition(first.run, 2, RunStatus.finished, now=world.clock.now())
+    assert world.tracker.open_run(spec).run != first.run
 
 
 def test_a_request_to_stop_reaches_ranks_and_driver(world: World) -> None:

@@ -39,7 +39,7 @@ class Driver:
         self.jobs: list[Any] = []
         self.status, self.reason = RunStatus.finished, ""
 
-    def train(self, job: Any, *, home: Path, progress: Any) -> driver.Outcome:
+    def train(self, job: Any, *, home: Path, progress: Any, run: str = "") -> driver.Outcome:
         self.jobs.append(job)
         progress.phase("starting workers")
         progress.started(RunTicket(run="r1", name="brave-otter", experiment="digits", attempt=1, directory="/r1"))

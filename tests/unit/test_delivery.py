@@ -23,7 +23,7 @@ def batch(first: int, count: int) -> Batch:
     )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.randoms(use_true_random=False))
 def test_any_delivery_that_reaches_the_end_stores_each_point_once(total: int, chance: random.Random) -> None:
     accepted, stored = 0, []
