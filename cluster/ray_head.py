@@ -46,9 +46,15 @@ def is_installed() -> bool:
 
 
 def token(path: str | Path) -> str:
-    """The token's text, empty if there is none."""
+    """The token's text, empty if there is none. Without a path, the cluster is somebody else's: what Ray's own clients
+    would take from the environment.
+    """
+    if not path:
+        if os.environ.get("RAY_AUTH_TOKEN"):
+            return os.environ["RAY_AUTH_TOKEN"].strip()
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token").expanduser()
     try:
-        return Path(path).read_text().strip() if path else ""
+        return Path(path).read_text().strip()
     except OSError:
         return ""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import environment, ports, processes
+from cluster import environment, ports, processes, ray_head
 from orchestrator.errors import ConfigError
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -86,3 +86,16 @@ def test_the_same_port_twice_is_refused() -> None:
     port = ports.anywhere(taken)
     with pytest.raises(ConfigError, match="another part of this stack"):
         ports.choose("ray.port", port, 1, taken)
+
+
+def test_the_token_of_somebody_elses_cluster_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "token"
+    theirs.write_text("abc\n")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(theirs))
+    assert ray_head.token("") == "abc"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "def")
+    assert ray_head.token("") == "def"
+    assert ray_head.token(tmp_path / "none") == ""
