@@ -195,6 +195,8 @@ class Batch:
         head = frame[:8] + b"\0\0\0\0" + frame[12 : _HEAD.size]
         if zlib.crc32(frame[_HEAD.size :], zlib.crc32(head)) != crc:
             raise BadFrame("checksum does not match")
+        if stream == Stream.points and len(frame) - start != count * POINT.itemsize:
+            raise BadFrame(f"{len(frame) - start} bytes are not {count} points")
         run, *keys = json.loads(frame[_HEAD.size : start])
         return cls(
             producer=producer.hex(), run=run, attempt=attempt, rank=rank - (1 << 32) if rank >= 1 << 31 else rank,

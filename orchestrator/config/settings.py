@@ -188,6 +188,8 @@ class FailuresConfig:
 
     max_restarts: int = bounded(0, minimum=-1)
     """Further attempts after a failure; -1: without limit."""
+    grace: float = bounded(20.0, minimum=0, maximum=3600)
+    """Seconds that the ranks have to reach their next `report` after a request to stop."""
 
 
 @dataclass(kw_only=True)

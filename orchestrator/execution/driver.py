@@ -12,6 +12,7 @@ import contextlib
 import getpass
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -37,7 +38,7 @@ from orchestrator.config import (
     render,
 )
 from orchestrator.errors import ConfigError, ServiceUnavailable, UserError
-from orchestrator.execution.worker import STOPPED, Plan, local_directory, log_path
+from orchestrator.execution.worker import STOPPED, Plan, copy_to_storage, local_directory, log_path
 from orchestrator.failures.classify import Evidence, Finding, RankFailed, first_cause, may_restart
 from orchestrator.provenance.capture import capture
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
@@ -46,8 +47,6 @@ from orchestrator.tracking.logger import Logger
 
 logger = logging.getLogger(__name__)
 
-GRACE = 20.0
-"""Seconds that the ranks have to reach their next `report` after a request to stop."""
 FLUSH = 15.0
 
 
@@ -109,6 +108,7 @@ def train(job: Job, *, home: Path | None = None, progress: Progress | None = Non
     progress = progress or Silent()
     stack = Stack.load(home)
     progress.phase("connecting")
+    is_ours = not _is_connected()
     tracker = connect(stack)
     check_stack(job.settings, stack)
     check_resources(job.settings, _capacity())
@@ -116,16 +116,22 @@ def train(job: Job, *, home: Path | None = None, progress: Progress | None = Non
     try:
         return _attempts(job, stack, tracker, spec, progress)
     finally:
-        _disconnect()
+        if is_ours:
+            _disconnect()
 
 
 def _attempts(job: Job, stack: Stack, tracker: Any, spec: RunSpec, progress: Progress) -> Outcome:
     """Attempts of one run, until one ends in a way that another would not mend, or the restarts are used up."""
     restarts = 0
     while True:
-        ticket = tracker.open_run(spec)
+        try:
+            ticket = tracker.open_run(spec)
+            attempt = _Attempt(job, stack, tracker, ticket, progress)
+        except (ConnectionError, TimeoutError) as error:
+            hint = "`orc status` tells more."
+            raise ServiceUnavailable("the tracker", stack.ray_address, f"{error}.", hint) from error
         progress.started(ticket)
-        outcome = _Attempt(job, stack, tracker, ticket, progress).run()
+        outcome = attempt.run()
         if not may_restart(outcome.status, outcome.error, restarts, job.settings.failures.max_restarts):
             return outcome
         pause = min(2.0**restarts, 60.0)
@@ -148,40 +154,45 @@ class _Attempt:
         self._signal = ""
         self._stop_since: float | None = None
         self._abort = False
+        self._over = threading.Event()
+        self._announced = ""
         self._spools = tracker.describe()["spool_directory"]
         self._facts = Logger(Path(self._spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
 
     def run(self) -> Outcome:
-        log = log_path(self._ticket, rank=-1)
-        with _signals(self._on_signal), _log_file(log, self._job.secrets):
-            logger.info("attempt %d of run %s begins", self._ticket.attempt, self._ticket.run)
+        # From here on, so that nothing slow before or after the training looks like a dead driver.
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        with _signals(self._on_signal):
             try:
-                self._describe()
-                status, reason, error = self._train()
+                status, reason, error = self._logged()
             except UserError as problem:
-                status, reason, error = (
-                    RunStatus.failed,
-                    str(problem),
-                    {"type": type(problem).__name__, "message": str(problem)},
-                )
+                status, reason = RunStatus.failed, str(problem)
+                error = {"type": type(problem).__name__, "message": str(problem)}
             except Exception as problem:
                 # Our own defect must leave a terminal state behind, and be seen.
                 logger.exception("the driver failed")
-                status, reason, error = (
-                    RunStatus.failed,
-                    f"the orchestrator failed: {problem}",
-                    {"type": type(problem).__name__},
-                )
-            logger.info("it ended %s %s", status.value, redact_text(reason, self._job.secrets))
+                status, reason = RunStatus.failed, f"the orchestrator failed: {problem}"
+                error = {"type": type(problem).__name__, "message": str(problem)}
             return self._finish(status, reason, error)
 
+    def _logged(self) -> tuple[RunStatus, str, Mapping[str, Any]]:
+        """The attempt, with what the driver logs in a file of the run's directory."""
+        log = log_path(self._ticket, rank=-1)
+        with _log_file(log, self._job.secrets):
+            logger.info("attempt %d of run %s begins", self._ticket.attempt, self._ticket.run)
+            self._describe()
+            status, reason, error = self._train()
+            logger.info("it ended %s %s", status.value, reason)
+        copy_to_storage(self._ticket, log)
+        return status, reason, error
+
     # -- the three parts
-    # ---------------------------------------------------------------------------------------------------
 
     def _describe(self) -> None:
         directory = Path(local_directory(self._ticket))
         directory.mkdir(parents=True, exist_ok=True)
         _write_config(directory, self._job)
+        copy_to_storage(self._ticket, directory / "config.json", directory / "config.yaml")
         provenance = capture()
         provenance["command"] = [redact_text(word, self._job.secrets) for word in provenance["command"]]
         self._fact(FactKind.provenance, provenance)
@@ -190,14 +201,9 @@ class _Attempt:
         self._progress.phase("starting workers")
         fit = _Background(self._fit)
         fit.start()
-        beat = 0.0
         while not fit.done.wait(0.25):
-            now = time.monotonic()
-            if now - beat >= self._job.settings.tracking.heartbeat:
-                beat = now
-                self._heartbeat()
             self._show()
-            if self._must_abort(now):
+            if self._must_abort(time.monotonic()):
                 return RunStatus.cancelled, self._stop_reason() + " (workers were ended after the grace time)", {}
         self._show()
         if fit.error is None:
@@ -217,6 +223,7 @@ class _Attempt:
                 "the record is not in PostgreSQL yet; it will be as soon as the tracker and the database answer"
             )
         self._facts.close()
+        self._over.set()
         live = self._live()
         outcome = Outcome(
             run=self._ticket.run,
@@ -235,7 +242,6 @@ class _Attempt:
         return outcome
 
     # -- details
-    # -----------------------------------------------------------------------------------------------------------
 
     def _fit(self) -> Any:
         from orchestrator.execution.trainer import torch_trainer
@@ -272,14 +278,17 @@ class _Attempt:
             threads=max(int(settings.resources.cpus_per_worker), 1),
         )
 
-    def _heartbeat(self) -> None:
-        try:
-            stop = self._tracker.heartbeat(self._ticket.run, self._ticket.attempt)
-        except (ConnectionError, TimeoutError):
-            return
-        if stop and self._stop_since is None:
-            self._stop_since = time.monotonic()
-            self._progress.phase("stopping: cancelled")
+    def _beat(self) -> None:
+        """Renews the lease until the attempt is over; a tracker that does not answer now may answer the next time."""
+        while not self._over.wait(self._job.settings.tracking.heartbeat):
+            try:
+                stop = self._tracker.heartbeat(self._ticket.run, self._ticket.attempt)
+            except Exception:
+                logger.debug("no heartbeat", exc_info=True)
+                continue
+            if stop and self._stop_since is None:
+                self._stop_since = time.monotonic()
+                self._announced = "stopping: cancelled"
 
     def _on_signal(self, number: int) -> None:
         """First signal: ask the ranks to stop at their next report. A second one: now."""
@@ -288,41 +297,51 @@ class _Attempt:
         self._signal = signal.Signals(number).name
         if self._stop_since is None:
             self._stop_since = time.monotonic()
-            self._progress.phase(f"stopping: {self._signal} (again to stop at once)")
+            # Shown by the loop: printing in a signal handler may meet a print that it interrupted.
+            self._announced = f"stopping: {self._signal} (again to stop at once)"
             threading.Thread(target=self._ask_to_stop, daemon=True).start()
 
     def _ask_to_stop(self) -> None:
-        with contextlib.suppress(ConnectionError, TimeoutError, UserError):
+        try:
             self._tracker.cancel(self._ticket.run, _user())
+        except Exception:
+            logger.warning("the ranks could not be asked to stop; they are ended after the grace time", exc_info=True)
 
     def _must_abort(self, now: float) -> bool:
-        grace = min(GRACE, float(os.environ.get("ORC_GRACE", GRACE)))
+        grace = self._job.settings.failures.grace
         return self._abort or (self._stop_since is not None and now - self._stop_since > grace)
 
     def _stop_reason(self) -> str:
         return f"stopped by {self._signal}" if self._signal else "cancelled"
 
     def _show(self) -> None:
-        live = self._live()
-        if not live:
-            return
+        """Tells the watcher what is new; who watches must not end a run."""
+        try:
+            announced, self._announced = self._announced, ""
+            if announced:
+                self._progress.phase(announced)
+            if live := self._live():
+                self._progress.update(self._view(live))
+        except Exception:
+            logger.debug("the display failed", exc_info=True)
+
+    def _view(self, live: Mapping[str, Any]) -> LiveView:
         metrics = {key: value["value"] for key, value in live["metrics"].items()}
         epoch = metrics.pop("epoch", None)
-        self._progress.update(
-            LiveView(
-                run=self._ticket.run,
-                epoch=None if epoch is None else int(epoch),
-                step=live["step"],
-                metrics=metrics,
-                rate=live["rate"],
-                elapsed=time.monotonic() - self._started,
-            )
+        return LiveView(
+            run=self._ticket.run,
+            epoch=int(epoch) if epoch is not None and math.isfinite(epoch) else None,
+            step=live["step"],
+            metrics=metrics,
+            rate=live["rate"],
+            elapsed=time.monotonic() - self._started,
         )
 
     def _live(self) -> dict[str, Any]:
         try:
             return self._tracker.live(self._ticket.run)
-        except (ConnectionError, TimeoutError):
+        except Exception:
+            logger.debug("no live values", exc_info=True)
             return {}
 
     def _fact(self, kind: FactKind, data: Mapping[str, Any]) -> None:
@@ -382,6 +401,12 @@ def connect(stack: Stack) -> Any:
     # Ray and Train tell their own progress; ours is shown instead. Their warnings stay.
     logging.getLogger("ray").setLevel(logging.ERROR)
     return handles.tracker(stack.ray_address)
+
+
+def _is_connected() -> bool:
+    """This process has a Ray connection already, which is its own business to end."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 def _disconnect() -> None:
@@ -467,12 +492,19 @@ def _user() -> str:
         return str(os.getuid())
 
 
+def _working_directory() -> list[str]:
+    try:
+        return [os.getcwd()]
+    except OSError:
+        return []  # somebody removed it
+
+
 def _code_paths() -> tuple[str, ...]:
     """Where the user's code lies: the working directory and what Python was told. Workers on this host import from
     there.
     """
     told = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return tuple(dict.fromkeys([os.getcwd(), *told, *(p for p in sys.path[:1] if p)]))
+    return tuple(dict.fromkeys([*_working_directory(), *told, *(p for p in sys.path[:1] if p)]))
 
 
 def _write_config(directory: Path, job: Job) -> None:

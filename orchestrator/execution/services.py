@@ -30,7 +30,8 @@ class TrackerProcess(TrackerService):
     ) -> None:
         _log_to_stderr()
         self._settings = settings
-        super().__init__(log_directory, database_url, spool_directory=spool_directory, lease=lease)
+        # The one before it may still be dying: Ray gives its name away earlier.
+        super().__init__(log_directory, database_url, spool_directory=spool_directory, lease=lease, log_wait=20.0)
         self.start()
 
     def describe(self) -> dict[str, Any]:

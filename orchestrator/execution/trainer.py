@@ -28,7 +28,7 @@ def torch_trainer(
     )
     ticket = plan.ticket
     run_config = RunConfig(
-        name=f"{ticket.name}-{ticket.run}-attempt-{ticket.attempt}",
+        name=f"{ticket.run}-attempt-{ticket.attempt}",  # a directory: the run's own name may hold a slash
         storage_path=storage,
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import unquote, urlsplit
 
 from orchestrator.config import SecretFilter, redact_text
 from orchestrator.failures.classify import Evidence, RankFailed
@@ -68,6 +70,7 @@ def train_loop(plan: Plan) -> str:
         with _log_file(log_path(ticket, rank), plan.secrets):
             return _run_user_function(plan, logger, rank, context.get_world_size(), context.get_local_rank())
     finally:
+        copy_to_storage(ticket, log_path(ticket, rank))
         # The agent ships the rest in any case; waiting means that what follows the run sees all of it.
         logger.flush(plan.flush_timeout)
         logger.close()
@@ -135,8 +138,25 @@ def local_directory(ticket: RunTicket) -> str:
     if "://" not in ticket.directory:
         return ticket.directory
     if ticket.directory.startswith("file://"):
-        return ticket.directory.removeprefix("file://")
+        return unquote(urlsplit(ticket.directory).path)
     return os.path.join(os.environ.get("TMPDIR", "/tmp"), f"orc-{os.getuid()}", ticket.run)
+
+
+def copy_to_storage(ticket: RunTicket, *paths: Path) -> None:
+    """Copies files of the local directory into the run's, where that is elsewhere (`s3://` …). Never raises."""
+    from orchestrator.backends.storage import Storage
+
+    local = local_directory(ticket)
+    try:
+        storage = Storage(ticket.directory)
+        if storage.is_local:
+            return
+        for path in paths:
+            with path.open("rb") as source, storage.open_output(str(path.relative_to(local))) as output:
+                shutil.copyfileobj(source, output)
+    except Exception:
+        # The run's own work must not fail for a copy of its log.
+        logging.getLogger(__name__).exception("%s could not be copied to %s", local, ticket.directory)
 
 
 @contextlib.contextmanager
@@ -174,6 +194,10 @@ class _Tee:
             self._file.write(shown)
         self._stream.write(shown)
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -15,7 +15,7 @@ PACKAGES = ("ray-orchestrator", "torch", "ray", "numpy", "mlflow", "pyarrow")
 
 def capture(directory: str | None = None) -> dict[str, Any]:
     """The provenance of an attempt started in `directory` (default: the working directory)."""
-    directory = directory or os.getcwd()
+    directory = directory or _working_directory()
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -27,6 +27,13 @@ def capture(directory: str | None = None) -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "git": _git(directory),
     }
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""  # somebody removed it
 
 
 def _version(name: str) -> str:
@@ -50,8 +57,9 @@ def _git(directory: str) -> dict[str, Any]:
 def _run_git(directory: str, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", directory, *arguments], capture_output=True, text=True, timeout=5, check=False
-        )
+            ["git", "-C", directory or ".", *arguments],
+            capture_output=True, text=True, errors="replace", timeout=5, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

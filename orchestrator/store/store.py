@@ -125,19 +125,23 @@ class Store:
 
     def expired(self, now: float) -> list[tuple[str, int]]:
         """Current attempts whose lease has run out."""
-        return self._alive("AND a.lease_until < %s", lifecycle.when(now))
-
-    def running_attempts(self) -> list[tuple[str, int]]:
-        """Current attempts that run."""
-        return self._alive("AND a.status = %s", RunStatus.running)
-
-    def _alive(self, condition: str, value: Any) -> list[tuple[str, int]]:
         with self._writing() as connection:
             return connection.execute(
                 "SELECT a.run_id, a.attempt FROM attempts a JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt"
-                f" WHERE a.ended_at IS NULL {condition} ORDER BY r.number",
-                (value,),
+                " WHERE a.ended_at IS NULL AND a.lease_until < %s ORDER BY r.number",
+                (lifecycle.when(now),),
             ).fetchall()
+
+    def running_attempts(self) -> dict[tuple[str, int], float | None]:
+        """Current attempts that run, with the seconds for which each said that it may be silent."""
+        with self._writing() as connection:
+            rows = connection.execute(
+                "SELECT a.run_id, a.attempt, extract(epoch FROM a.lease_until - a.started_at)::float8 FROM attempts a"
+                " JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt"
+                " WHERE a.ended_at IS NULL AND a.status = %s ORDER BY r.number",
+                (RunStatus.running,),
+            )
+            return {(run, attempt): seconds for run, attempt, seconds in rows}
 
     def request_cancel(self, run: str, *, user: str, now: float) -> None:
         """Asks the run to stop; the first one to ask is remembered. Raises NotFound."""

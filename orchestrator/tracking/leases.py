@@ -37,8 +37,8 @@ class Leases:
         return attempt in self._deadlines
 
     def expired(self, now: float) -> list[AttemptId]:
-        return [attempt for attempt, deadline in self._deadlines.items() if deadline <= now]
+        return [attempt for attempt, deadline in list(self._deadlines.items()) if deadline <= now]
 
     def remaining(self, now: float) -> dict[AttemptId, float]:
         """Seconds left per attempt; negative once expired."""
-        return {attempt: deadline - now for attempt, deadline in self._deadlines.items()}
+        return {attempt: deadline - now for attempt, deadline in list(self._deadlines.items())}

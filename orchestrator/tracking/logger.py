@@ -102,7 +102,6 @@ class Logger:
         _loggers.discard(self)
 
     # -- threads and forks
-    # -------------------------------------------------------------------------------------------------
 
     def _own_spool(self) -> SpoolWriter:
         spool: SpoolWriter | None = getattr(self._others, "spool", None)
@@ -127,7 +126,6 @@ class Logger:
         self._pending = []
 
     # -- values
-    # ------------------------------------------------------------------------------------------------------------
 
     def _number(self, key: str, value: Any, step: int, now: float) -> float | None:
         """`value` as float64; None when it will be resolved later (a tensor on an accelerator)."""

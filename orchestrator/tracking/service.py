@@ -41,12 +41,13 @@ class TrackerService:
         *,
         spool_directory: str = "",
         lease: float = 15.0,
+        log_wait: float = 0.0,
         clock: Clock | None = None,
         exit: Callable[[int], Any] = os._exit,
     ) -> None:
         self._clock = clock or SystemClock()
         self._exit = exit
-        self._log = WriteAheadLog(Path(log_directory))
+        self._log = WriteAheadLog(Path(log_directory), wait=log_wait)
         self._store = open_store(database_url)
         self._spool_directory = spool_directory
         self._ingest_lock = threading.Lock()
@@ -65,7 +66,6 @@ class TrackerService:
         self._recover()
 
     # -- life
-    # --------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         for name, step, pause in (("committer", self.commit_step, 0.02), ("leases", self.lease_step, 1.0)):
@@ -107,7 +107,6 @@ class TrackerService:
                 self._accepted[key] = max(known, batch.last)
 
     # -- batches
-    # -----------------------------------------------------------------------------------------------------------
 
     def push(self, frames: Sequence[bytes]) -> list[Ack]:
         """Takes encoded batches. When it returns, everything acknowledged as accepted is fsynced.
@@ -172,7 +171,7 @@ class TrackerService:
         Never under the ingest lock, and by one thread at a time: a database that hangs must not hold up what needs
         none. Who finds another thread asking goes on without; the agent comes again.
         """
-        unknown = [producer for producer in producers if (producer, Stream.points) not in self._committed]
+        unknown = [producer for producer in producers if not self._knows(producer)]
         if not unknown or not self._learning.acquire(blocking=False):
             return
         try:
@@ -186,6 +185,10 @@ class TrackerService:
                 self._committed[key] = max(self._committed.get(key, 0), stored.get(key, 0))
                 # A log that was lost or cut counts for nothing against what is committed, and the other way round.
                 self._accepted[key] = max(self._accepted.get(key, 0), self._committed[key])
+
+    def _knows(self, producer: str) -> bool:
+        # Of both streams: the log and a commit may tell of one alone.
+        return all((producer, stream) in known for stream in Stream for known in (self._accepted, self._committed))
 
     def _ack(self, producer: str, stream: Stream, run: str) -> Ack | None:
         key = (producer, stream)
@@ -218,7 +221,6 @@ class TrackerService:
         return self._committer.step()
 
     # -- runs
-    # --------------------------------------------------------------------------------------------------------------
 
     def open_run(self, spec: RunSpec) -> RunTicket:
         """Creates the run, or its next attempt. Raises ServiceUnavailable, NotFound, IllegalTransition."""
@@ -245,9 +247,9 @@ class TrackerService:
         now = self._clock.monotonic()
         try:
             if not self._leases_loaded:
-                for run, attempt in self._store.running_attempts():
-                    if not self._leases.holds((run, attempt)):
-                        self._leases.begin((run, attempt), now)
+                for attempt, seconds in self._store.running_attempts().items():
+                    if not self._leases.holds(attempt):
+                        self._leases.begin(attempt, now, seconds)
                 self._leases_loaded = True
             running = {run for run, _ in self._leases.remaining(now)}
             if running:
@@ -278,7 +280,6 @@ class TrackerService:
         return self._live.of(run)
 
     # -- about itself
-    # ------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """What others need to know: where spools are, which process this is."""

@@ -154,6 +154,7 @@ class SpoolWriter:
         self._control = _map(self.directory / "control")
         self._keys_map = _map(self.directory / "keys")
         self._keys: dict[str, int] = {}
+        self._key_count = 0
         self._keys_bytes = 0
         self._segment = _map(self.directory / "points-000000")
         self._segment_number = 0
@@ -165,7 +166,6 @@ class SpoolWriter:
         _own.add(self.producer)
 
     # -- points
-    # ------------------------------------------------------------------------------------------------------------
 
     def key_index(self, key: str) -> int:
         """The key's number; a new key is written first, so that no point ever names an unknown one."""
@@ -190,28 +190,33 @@ class SpoolWriter:
 
     def _add_key(self, key: str) -> int:
         name = key.encode()
-        end = self._keys_bytes + _KEY_HEAD.size + len(name)
-        if end > len(self._keys_map):
-            _reserve(self.directory / "keys", len(self._keys_map) + max(_KEYS_STEP_BYTES, len(name) + 2))
-            self._keys_map.close()
-            self._keys_map = _map(self.directory / "keys")
-        _KEY_HEAD.pack_into(self._keys_map, self._keys_bytes, len(name))
-        self._keys_map[self._keys_bytes + _KEY_HEAD.size : end] = name
-        self._keys_bytes = end
+        entry = _KEY_HEAD.pack(len(name)) + name
+        if self._keys_bytes + len(entry) > len(self._keys_map):
+            _reserve(self.directory / "keys", len(self._keys_map) + max(_KEYS_STEP_BYTES, len(entry)))
+            small, self._keys_map = self._keys_map, _map(self.directory / "keys")
+            small.close()
+        size_bytes = len(entry)
+        # A signal handler may log, too; it comes only after calls, and there is none from here to the counter.
+        index, start = self._key_count, self._keys_bytes
+        end = start + size_bytes
+        self._keys_map[start:end] = entry
+        self._key_count, self._keys_bytes, self._keys[key] = index + 1, end, index
         _U64.pack_into(self._control, _KEYS_BYTES, end)
-        self._keys[key] = len(self._keys)
-        return self._keys[key]
+        return index
 
     def _next_segment(self) -> None:
         self._wait_for_room()
         number = self._segment_number + 1
+        if self._offset != _SEGMENT_BYTES:
+            return  # a signal handler logged just now and was faster; so below
         path = self.directory / f"points-{number:06d}"
         _reserve(path, _SEGMENT_BYTES)  # raises on a full disk: nothing has changed, the next point tries again
         segment = _map(path)
         if self._segment_number >= number:
-            return  # a signal handler logged just now and was faster
-        self._segment.close()
+            return
+        full = self._segment
         self._segment, self._segment_number, self._offset = segment, number, 0
+        full.close()
 
     def _wait_for_room(self) -> None:
         warned = False
@@ -224,7 +229,6 @@ class SpoolWriter:
             clock.sleep(0.02)
 
     # -- facts
-    # -------------------------------------------------------------------------------------------------------------
 
     def append_fact(self, fact: Fact) -> None:
         """Logs one fact: the line, then the counter. Raises OSError on a full disk, and nothing has changed."""
@@ -242,7 +246,6 @@ class SpoolWriter:
         _U64.pack_into(self._control, _FACTS_LOGGED, self._facts_logged)
 
     # -- what the agent says back
-    # ------------------------------------------------------------------------------------------
 
     @property
     def logged(self) -> int:

@@ -80,7 +80,9 @@ def test_a_run_that_cannot_be_opened_leaves_nothing_behind(store: Store, experim
 def test_a_restart_is_the_next_attempt_of_the_same_run(store: Store, experiment: str) -> None:
     first = store.open_attempt(RunSpec(experiment=experiment), now=NOW, lease_seconds=30)
     store.request_cancel(first.run, user="bob", now=NOW)
-    again = store.open_attempt(RunSpec(experiment="other", run=first.run), now=NOW + 9, lease_seconds=30)
+    again = store.open_attempt(
+        RunSpec(experiment="other", run=first.run, after_attempt=1), now=NOW + 9, lease_seconds=30
+    )
     assert (again.run, again.name, again.experiment, again.attempt) == (first.run, first.name, experiment, 2)
     old, new = store.attempts(first.run)
     assert (old.status, old.reason, old.ended) == (RunStatus.crashed, "attempt 2 took its place", NOW + 9)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.clock import ManualClock
-from orchestrator.errors import RunIsActive
+from orchestrator.errors import RunIsActive, ServiceUnavailable
 from orchestrator.records import Ack, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import migrate
 from orchestrator.store.store import Store
@@ -19,6 +21,7 @@ from orchestrator.tracking.logger import Logger
 from orchestrator.tracking.service import TrackerService
 from orchestrator.tracking.shipper import Shipper
 from orchestrator.tracking.spool import spools
+from tests.plugins.producers import Producer
 
 SPEC = RunSpec(experiment="digits", user="me", params={"lr": 0.1}, storage_url="/tmp/runs", workers=1)
 
@@ -309,3 +312,157 @@ def test_batches_of_an_unknown_run_do_not_hold_up_the_others(world: World) -> No
         world.tracker.commit_step()
     assert len(world.store.points(ticket.run, "loss")) == 1
     assert Stream.points in Stream
+
+
+def test_after_a_restart_both_streams_are_known_though_the_log_tells_of_one(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    world.shipper.step()
+    world.restart()
+    assert world.tracker.commit_step()
+    logger.fact(Fact(kind=FactKind.tag, at=0.0, data={"name": "team", "value": "a"}))
+    world.settle()
+    assert world.store.tags(ticket.run)["team"] == "a"
+
+
+def test_a_gap_in_one_stream_does_not_lose_the_other(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for step in range(3):
+        logger.log({"loss": float(step)}, step=step)
+        world.shipper.step()
+    logger.fact(Fact(kind=FactKind.tag, at=0.0, data={"name": "team", "value": "a"}))
+    world.shipper.step()
+    path = world.directory / "wal" / "00000001.log"
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"ORCF", 100) + 40] ^= 0xFF  # the second batch
+    path.write_bytes(damaged)
+    world.settle()
+    assert world.tracker.health()["log_damaged_bytes"] > 0
+    assert world.store.tags(ticket.run)["team"] == "a"
+    assert world.store.points(ticket.run, "loss").values.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_database_that_hangs_holds_up_nobody_who_needs_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    known = world.logger(ticket)
+    known.log({"loss": 1.0}, step=1)
+    world.settle()
+    asked, answer = threading.Event(), threading.Event()
+    real = world.tracker._store.watermarks
+
+    def hangs(producers: Sequence[str]) -> object:
+        asked.set()
+        answer.wait(30)
+        return real(producers)
+
+    monkeypatch.setattr(world.tracker._store, "watermarks", hangs)
+    fresh = Producer(ticket, rank=1)
+    thread = threading.Thread(target=world.tracker.push, args=([fresh.points([(0, 1, 1.0)]).encode()],), daemon=True)
+    thread.start()
+    try:
+        assert asked.wait(10)
+        known.log({"loss": 2.0}, step=2)
+        pushed = threading.Thread(target=world.shipper.step, daemon=True)
+        pushed.start()
+        pushed.join(10)
+        assert known.flush(0.1), "accepted while the database says nothing"
+    finally:
+        answer.set()
+        thread.join(10)
+
+
+def test_an_agent_pauses_while_the_tracker_takes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+
+    def down(producers: Sequence[str]) -> None:
+        raise ServiceUnavailable("postgresql", "here", "it is away.", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.tracker._store, "watermarks", down)
+        assert not world.shipper.step(), "nothing was taken: no reason to come again at once"
+    assert world.shipper.step()
+
+
+def test_a_log_that_was_removed_under_its_cursor_commits_what_comes(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for step in range(20):
+        logger.log({"loss": float(step)}, step=step)
+        world.shipper.step()
+    world.settle()
+    world.tracker.stop()
+    (world.directory / "wal" / "00000001.log").unlink()
+    world.tracker = world._new_tracker()
+    logger.log({"loss": 20.0}, step=20)
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [float(i) for i in range(21)]
+
+
+def test_on_a_full_disk_committed_segments_go_though_the_cursor_cannot_be_written(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    world.tracker._log._segment_bytes = 100
+    for step in range(3):
+        logger.log({"loss": float(step)}, step=step)
+        world.shipper.step()
+    assert len(list((world.directory / "wal").glob("*.log"))) == 3
+    fired = []
+
+    def full(position: object) -> None:
+        fired.append(position)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(world.tracker._log, "save_cursor", full)
+    assert world.tracker.commit_step()
+    assert fired
+    assert len(list((world.directory / "wal").glob("*.log"))) == 1
+
+
+def test_a_restarted_tracker_gives_an_attempt_the_silence_it_asked_for(world: World) -> None:
+    ticket = world.tracker.open_run(replace(SPEC, lease=120.0))
+    world.restart()
+    world.tracker.lease_step()
+    world.clock.advance(100)
+    world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.running
+    world.clock.advance(30)
+    world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.crashed
+
+
+def test_points_that_are_fewer_than_said_are_refused(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    batch = Producer(ticket).points([(0, 1, 1.0)])
+    assert world.tracker.push([replace(batch, payload=b"").encode()]) == []
+    assert world.tracker.health()["refused_batches"] == 1
+
+
+def test_a_damaged_spool_does_not_hold_up_the_others(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    damaged, whole = world.logger(ticket, rank=0), world.logger(ticket, rank=1)
+    for logger in (damaged, whole):
+        logger.log({"loss": 1.0}, step=1)
+    (damaged._spool.directory / "points-000000").unlink()
+    for _ in range(3):
+        world.clock.advance(1.0)
+        world.shipper.step()
+        world.tracker.commit_step()
+    assert world.store.points(ticket.run, "loss").ranks.tolist() == [1]
+    assert damaged._spool.directory.exists(), "it is left where it is"
+
+
+def test_a_spool_that_somebody_removed_is_forgotten(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    world.settle()
+    shutil.rmtree(logger._spool.directory)
+    logger.close()
+    world.shipper.step()
+    assert world.shipper.backlog()["producers"] == 0

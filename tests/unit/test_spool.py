@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing
 import os
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,3 +232,93 @@ def test_network_file_systems_are_refused(tmp_path: Path) -> None:
     assert file_system_of(tmp_path / "spools", mounts) == "nfs4"
     with pytest.raises(SpoolUnusable, match="nfs4"):
         prepare_root(tmp_path / "spools", mounts)
+
+
+def test_half_a_fact_on_a_full_disk_spoils_no_other(
+    tmp_path: Path, logger: Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(name: str) -> Fact:
+        return Fact(kind=FactKind.tag, at=0.0, data={"name": name, "value": "x"})
+
+    real, calls = os.write, []
+
+    def full(fd: int, data: bytes) -> int:
+        calls.append(data)
+        if len(calls) == 1:
+            return real(fd, data[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger.fact(said("first"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            logger.fact(said("lost"))
+    assert len(calls) == 2
+    logger.fact(said("last"))
+    batch = readers(tmp_path)[0].next_batch(Stream.facts, 0)
+    assert batch is not None
+    assert [fact.data["name"] for fact in batch.facts()] == ["first", "last"]
+
+
+def test_a_signal_handler_may_log_in_the_middle_of_a_log(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys; from pathlib import Path; from orchestrator.tracking.logger import Logger\n"
+        "logger, handled = Logger(Path(sys.argv[1]), run='r', attempt=1, rank=0), 0\n"
+        "def handler(*_):\n"
+        "    global handled; handled += 1; logger.log({'handler': 1.0}, step=handled)\n"
+        "signal.signal(signal.SIGALRM, handler)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)\n"
+        "for i in range(100_000): logger.log({'main': 1.0}, step=i)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0); print(handled)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "spools")], timeout=60, check=True, capture_output=True, text=True
+    )
+    found = logged(readers(tmp_path)[0])
+    assert int(done.stdout) > 100
+    assert sorted(step for key, step, _ in found if key == "handler") == list(range(1, int(done.stdout) + 1))
+    assert [step for key, step, _ in found if key == "main"] == list(range(100_000))
+
+
+class OnDevice:
+    """A tensor on an accelerator, as far as `log` looks at it."""
+
+    def __init__(self, value: Any) -> None:
+        self.device, self._value = SimpleNamespace(type="cuda"), value
+
+    def numel(self) -> int:
+        return 1
+
+    def detach(self) -> OnDevice:
+        return self
+
+    def reshape(self, shape: tuple[int, ...]) -> OnDevice:
+        return self
+
+    def clone(self) -> Any:
+        return self._value
+
+
+def test_what_a_thread_logs_from_the_device_keeps_its_key(tmp_path: Path, logger: Logger) -> None:
+    torch = pytest.importorskip("torch")
+    logger.log({"main": 1.0}, step=0)
+    thread = threading.Thread(target=lambda: logger.log({"thread": OnDevice(torch.tensor(2.0))}, step=1))
+    thread.start()
+    thread.join()
+    logger.flush(0.0)
+    assert [point for reader in readers(tmp_path) for point in logged(reader)] == [("main", 0, 1.0), ("thread", 1, 2.0)]
+
+
+def test_a_broken_device_does_not_keep_a_logger_from_closing(tmp_path: Path, logger: Logger) -> None:
+    pytest.importorskip("torch")
+
+    def assert_triggered() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    logger.log({"loss": OnDevice(SimpleNamespace(double=assert_triggered))}, step=0)
+    logger.log({"loss": 1.0}, step=1)
+    logger.flush(0.0)
+    logger.close()
+    (reader,) = readers(tmp_path)
+    assert logged(reader) == [("loss", 1, 1.0)]
+    assert not reader.is_owned()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -157,3 +160,54 @@ def test_the_cursor_comes_back_and_a_damaged_one_means_the_start(tmp_path: Path)
     assert log.load_cursor() == position == Position(1, log.synced.offset)
     (tmp_path / "cursor.json").write_text("{")
     assert log.load_cursor() == log.start()
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_segment_stops_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = WriteAheadLog(tmp_path, segment_bytes=60)
+    log.append(b"x" * 40)
+    log.sync()
+    fired = []
+
+    def full(*arguments: object) -> int:
+        fired.append(arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("open", "pwrite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space"):
+                log.append(b"y" * 40)
+        log.discard_unsynced()
+    assert len(fired) == 2
+    log.append(b"z" * 40)
+    log.sync()
+    assert [path.name for path in sorted(tmp_path.glob("*.log"))] == ["00000001.log", "00000002.log"]
+    assert frames(reopened(log)) == [b"x" * 40, b"z" * 40]
+
+
+def test_a_cursor_behind_the_end_of_the_log_means_the_start(tmp_path: Path) -> None:
+    log = WriteAheadLog(tmp_path)
+    log.append(b"a")
+    log.sync()
+    log.save_cursor(Position(7, 12345))
+    assert log.load_cursor() == log.start()
+
+
+def test_a_tracker_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from orchestrator.tracking.wal import WriteAheadLog\n"
+        "log = WriteAheadLog(Path(sys.argv[1])); print('up', flush=True); sys.stdin.read(1)\n"
+    )
+    before = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert before.stdout is not None
+    assert before.stdout.readline() == "up\n"
+    with pytest.raises(LogInUse):
+        WriteAheadLog(tmp_path)
+    ending = threading.Timer(0.3, before.kill)
+    ending.start()
+    WriteAheadLog(tmp_path, wait=30).close()
+    before.communicate()
