@@ -143,9 +143,9 @@ def _user() -> str:
 
 def _ask_tracker(stack: Stack, run: str, user: str) -> None:
     """Raises ServiceUnavailable, ConnectionError or TimeoutError when nobody is there to ask."""
-    from orchestrator.execution import driver  # takes seconds to import, which no other verb here should pay
+    from orchestrator.execution import connection  # takes seconds to import, which no other verb here should pay
 
-    driver.connect(stack).cancel(run, user)
+    connection.connect(stack).cancel(run, user)
 
 
 def _status(given: str | None) -> RunStatus | None:

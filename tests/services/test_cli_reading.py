@@ -20,7 +20,7 @@ from orchestrator.backends import postgres as server_of
 from orchestrator.catalog import DatabaseCatalog
 from orchestrator.cli import main
 from orchestrator.errors import NotFound
-from orchestrator.execution import driver
+from orchestrator.execution import connection
 from orchestrator.records import POINT, Batch, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream, facts_payload
 from orchestrator.stack import Stack
 from orchestrator.store import migrate
@@ -280,7 +280,7 @@ def test_cancel_asks_the_tracker(orc: Orc, recorded: Recorded, monkeypatch: pyte
         def cancel(self, run: str, user: str) -> None:
             asked.append(run)
 
-    monkeypatch.setattr(driver, "connect", lambda stack: Tracker())
+    monkeypatch.setattr(connection, "connect", lambda stack: Tracker())
     assert json.loads(orc("cancel", "calm-finch", "--json"))["through"] == "tracker"
     assert asked == [recorded.running.run]
 

@@ -1,0 +1,94 @@
+"""The connection of this process to the stack's cluster: who is there, how large it is, whether it fits the job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+from orchestrator.config import ClusterCapacity, Enabled, NodeCapacity, Settings, redact_url
+from orchestrator.errors import ConfigError, ServiceUnavailable
+from orchestrator.stack import Stack
+
+
+def connect(stack: Stack) -> Any:
+    """The stack's tracker, over a connection to its Ray that this process then has. Raises ServiceUnavailable."""
+    if not stack.ray_address:
+        raise ServiceUnavailable(
+            "ray", stack.home, "this stack has no Ray.", "Start it with `orc up ray.enabled=true`."
+        )
+    os.environ.update(stack.client_environment())
+    import ray
+
+    from orchestrator.execution import handles
+
+    if not ray.is_initialized():
+        if not _listens(stack.ray_address):
+            raise ServiceUnavailable("ray", stack.ray_address, "nothing listens there.", "Start it with `orc up`.")
+        try:
+            ray.init(
+                address=stack.ray_address, namespace=handles.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (ConnectionError, RuntimeError) as error:
+            hint = "Start it with `orc up`; `orc doctor` tells more."
+            raise ServiceUnavailable("ray", stack.ray_address, f"{error}.", hint) from error
+    # Ray and Train tell their own progress; ours is shown instead. Their warnings stay.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return handles.tracker(stack.ray_address)
+
+
+def is_connected() -> bool:
+    """This process has a Ray connection already, which is its own business to end."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def check_stack(settings: Settings, stack: Stack) -> None:
+    """Refuses a job that asks for other servers than the stack has. Raises ConfigError naming the key and how to get
+    it.
+    """
+    for key, wanted, has in (
+        ("database.url", settings.database.url, stack.database_url),
+        ("mlflow.tracking_uri", settings.mlflow.tracking_uri, stack.mlflow_uri),
+        ("ray.address", settings.ray.address, stack.ray_address),
+    ):
+        if wanted and wanted not in (has, "embedded"):
+            why = f"this stack uses {redact_url(has) or 'none'}."
+            raise ConfigError(
+                key, redact_url(wanted), why, f"Change the stack: `orc up {key}=…`, or leave the key out."
+            )
+    if settings.mlflow.enabled is Enabled.true and not stack.mlflow_uri:
+        raise ConfigError(
+            "mlflow.enabled", "true", "this stack has no MLflow.", "Start it: `orc up mlflow.enabled=true`."
+        )
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def capacity() -> ClusterCapacity:
+    """All that the living nodes can ever give."""
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            nodes.append(
+                NodeCapacity(cpus=has.get("CPU", 0), gpus=has.get("GPU", 0), memory_gb=has.get("memory", 0) / 1e9)
+            )
+    return ClusterCapacity(nodes=tuple(nodes))
