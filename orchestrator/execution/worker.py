@@ -166,17 +166,18 @@ def _log_file(path: Path, secrets: tuple[str, ...]) -> Iterator[None]:
     with path.open("a", buffering=1) as file:
         out, err = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _Tee(out, file, secrets), _Tee(err, file, secrets)  # type: ignore[assignment]
-        handler = logging.StreamHandler(file)
+        # One handler, into what goes to both: those that Ray put there would write each line a second time.
+        handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         handler.addFilter(SecretFilter(secrets))
         root = logging.getLogger()
-        level = root.level
-        root.addHandler(handler)
+        handlers, level = root.handlers, root.level
+        root.handlers = [handler]
         root.setLevel(min(level, logging.INFO))
         try:
             yield
         finally:
-            root.removeHandler(handler)
+            root.handlers = handlers
             root.setLevel(level)
             sys.stdout, sys.stderr = out, err
 

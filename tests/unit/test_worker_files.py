@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pyarrow.fs as arrow_fs
 import pytest
 
-from orchestrator.execution.worker import _Tee, copy_to_storage, local_directory, log_path
+from orchestrator.execution.worker import _log_file, _Tee, copy_to_storage, local_directory, log_path
 from orchestrator.provenance.capture import capture
 from orchestrator.records import RunTicket
 
@@ -35,6 +36,23 @@ def test_logs_reach_a_directory_that_is_elsewhere(tmp_path: Path, monkeypatch: p
     path.write_text("hello\n")
     copy_to_storage(remote, path, path.with_name("missing.log"))
     assert (tmp_path / "bucket/runs/e/r1/logs/attempt-1/rank-0.log").read_text() == "hello\n"
+
+
+def test_what_is_printed_and_what_is_logged_stands_once_in_the_log_file(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "rank-0.log"
+    root = logging.getLogger()
+    ray_like = logging.StreamHandler(io.StringIO())
+    root.addHandler(ray_like)
+    try:
+        with _log_file(path, ("canary-1234",)):
+            print("printed canary-1234")
+            logging.getLogger("mine").info("logged canary-1234")
+    finally:
+        root.removeHandler(ray_like)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "printed ***"
+    assert lines[1].endswith("INFO mine logged ***")
+    assert len(lines) == 2
 
 
 def test_secrets_are_hidden_however_they_are_written() -> None:
