@@ -211,7 +211,7 @@ def test_show_tells_the_whole_story(orc: Orc, recorded: Recorded) -> None:
         "confusion.png",
         "looks odd",
         "event 11",
-        "next: orc run --from",
+        "next: orc resume",
     ):
         assert part in shown
 

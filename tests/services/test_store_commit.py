@@ -226,7 +226,7 @@ def test_the_last_value_is_the_highest_attempts_even_when_an_earlier_one_arrives
     first = opened(store)
     early = Producer(first)
     late_batch = early.points([(0, 90, 9.0)])
-    second = Producer(opened(store, run=first.run))
+    second = Producer(opened(store, run=first.run, after_attempt=1))
     store.commit([second.points([(0, 50, 5.0)])])
     store.commit([late_batch])
     (summary,) = store.summaries(first.run)
@@ -357,7 +357,7 @@ def test_a_payload_that_is_no_list_of_facts_does_not_stop_the_stream(store: Stor
 def test_status_of_an_earlier_attempt_and_illegal_moves_only_warn(store: Store) -> None:
     first = opened(store)
     old = Producer(first)
-    new = Producer(opened(store, run=first.run))
+    new = Producer(opened(store, run=first.run, after_attempt=1))
     store.commit([old.facts(fact(FactKind.status, status="FAILED", reason="late"))])
     assert store.run(first.run).status is RunStatus.running
     assert [attempt.status for attempt in store.attempts(first.run)] == [RunStatus.failed, RunStatus.running]
