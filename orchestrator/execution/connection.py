@@ -52,9 +52,7 @@ def disconnect() -> None:
 
 
 def check_stack(settings: Settings, stack: Stack) -> None:
-    """Refuses a job that asks for other servers than the stack has. Raises ConfigError naming the key and how to get
-    it.
-    """
+    """Refuses a job that asks for other servers than the stack has. Raises ConfigError naming the key and the way."""
     for key, wanted, has in (
         ("database.url", settings.database.url, stack.database_url),
         ("mlflow.tracking_uri", settings.mlflow.tracking_uri, stack.mlflow_uri),

@@ -415,9 +415,7 @@ def _working_directory() -> list[str]:
 
 
 def _code_paths() -> tuple[str, ...]:
-    """Where the user's code lies: the working directory and what Python was told. Workers on this host import from
-    there.
-    """
+    """Where the user's code lies: the working directory and what Python was told; workers import from there."""
     told = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return tuple(dict.fromkeys([*_working_directory(), *told, *(p for p in sys.path[:1] if p)]))
 

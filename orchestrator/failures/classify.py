@@ -109,8 +109,7 @@ def first_cause(evidence: Sequence[Evidence]) -> Finding:
 
 
 def may_restart(status: RunStatus, error: Mapping[str, Any], restarts: int, most: int) -> bool:
-    """Whether another attempt may help and is allowed. `most` < 0: as often as it takes. The same bug would only fail
-    again."""
+    """Whether another attempt may help and is allowed; the same bug would only fail again. `most` < 0: no limit."""
     if status not in (RunStatus.failed, RunStatus.crashed) or error.get("kind") not in MENDED_BY_RESTART:
         return False
     return most < 0 or restarts < most

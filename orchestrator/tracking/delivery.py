@@ -20,9 +20,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do with a batch. `batch` is what is new in it (verdict accept); `expected` the next number that is
-    missing.
-    """
+    """What to do with a batch: `batch` is what is new in it (verdict accept), `expected` the next missing number."""
 
     verdict: Verdict
     expected: int

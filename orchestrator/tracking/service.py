@@ -241,9 +241,7 @@ class TrackerService:
         self._store.request_cancel(run, user=user, now=self._clock.now())
 
     def lease_step(self) -> bool:
-        """Ends attempts that gave no sign of life, and looks for requests to stop. Always False: it waits between two
-        looks.
-        """
+        """Ends attempts that gave no sign of life, looks for requests to stop. Always False: it pauses between."""
         now = self._clock.monotonic()
         try:
             if not self._leases_loaded:

@@ -293,9 +293,7 @@ class SpoolWriter:
 
 
 class SpoolReader:
-    """The agent's side of one producer's spool. Raises SpoolUnusable when the directory is not a spool of this
-    protocol.
-    """
+    """The agent's side of one producer's spool. Raises SpoolUnusable when the directory is no such spool."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -337,9 +335,7 @@ class SpoolReader:
         _U64.pack_into(self._control, _STOP, 1)
 
     def next_batch(self, stream: Stream, after: int, limit: int = SEGMENT_POINTS) -> Batch | None:
-        """The entries behind number `after`, at most `limit` and at most to the end of a segment; None if there are
-        none.
-        """
+        """The entries behind number `after`, at most `limit` and to the end of a segment; None if there are none."""
         count = min(self.logged(stream) - after, limit)
         if count <= 0:
             return None
