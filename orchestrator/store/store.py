@@ -110,28 +110,6 @@ class Store:
             raise IllegalTransition(run, old.value, new.value)
         return outcome is lifecycle.Move.done
 
-    def renew_leases(self, leases: Mapping[tuple[str, int], float]) -> None:
-        """Until when each running attempt counts as alive; others are left alone."""
-        if not leases:
-            return
-        rows = sorted((run, attempt, lifecycle.when(until)) for (run, attempt), until in leases.items())
-        with self._writing() as connection:
-            connection.execute(
-                "UPDATE attempts a SET lease_until = new.until FROM unnest(%s::text[], %s::int[], %s::timestamptz[])"
-                " AS new(run_id, attempt, until) WHERE a.run_id = new.run_id AND a.attempt = new.attempt"
-                " AND a.ended_at IS NULL AND a.status = %s",
-                (*[list(column) for column in zip(*rows, strict=True)], RunStatus.running),
-            )
-
-    def expired(self, now: float) -> list[tuple[str, int]]:
-        """Current attempts whose lease has run out."""
-        with self._writing() as connection:
-            return connection.execute(
-                "SELECT a.run_id, a.attempt FROM attempts a JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt"
-                " WHERE a.ended_at IS NULL AND a.lease_until < %s ORDER BY r.number",
-                (lifecycle.when(now),),
-            ).fetchall()
-
     def running_attempts(self) -> dict[tuple[str, int], float | None]:
         """Current attempts that run, with the seconds for which each said that it may be silent."""
         with self._writing() as connection:

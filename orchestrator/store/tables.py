@@ -221,10 +221,9 @@ attempts = Table(
     _json("provenance"),  # git, command, packages, hosts …; producers add to it
     Column("started_at", DateTime(timezone=True), nullable=False, server_default=_NOW),
     _when("ended_at"),
-    _when("lease_until"),
+    _when("lease_until"),  # of the first lease, so its length is known; the tracker renews in memory
     _xid(),
     PrimaryKeyConstraint("run_id", "attempt"),
-    # No index on lease_until: leases are renewed all the time, and without it the renewal rewrites no index entry.
     Index("attempts_alive", "run_id", postgresql_where=text("ended_at IS NULL")),
 )
 

@@ -137,19 +137,13 @@ def test_events_cannot_be_changed(store: Store, sql: psycopg.Connection[Any], ex
     assert store.events(ticket.run, after=event.id) == []
 
 
-def test_leases_end_what_nobody_renews(store: Store, experiment: str) -> None:
-    runs = [store.open_attempt(RunSpec(experiment=experiment), now=NOW, lease_seconds=30).run for _ in range(3)]
-
-    def expired(now: float) -> list[str]:
-        return [run for run, _ in store.expired(now) if run in runs]
-
-    assert expired(NOW + 29) == []
-    store.renew_leases({(runs[0], 1): NOW + 60, (runs[2], 7): NOW + 99})
-    assert expired(NOW + 31) == runs[1:]
-    store.transition(runs[1], 1, RunStatus.paused, now=NOW)  # nobody renews what is paused
-    store.renew_leases({(runs[1], 1): NOW + 1})
-    store.transition(runs[2], 1, RunStatus.finished, now=NOW)
-    assert expired(NOW + 1000) == runs[:1]
+def test_what_runs_is_known_with_the_length_of_its_lease(store: Store, experiment: str) -> None:
+    lengths = (30, 120, 15, 15)
+    runs = [store.open_attempt(RunSpec(experiment=experiment), now=NOW, lease_seconds=n).run for n in lengths]
+    store.transition(runs[2], 1, RunStatus.paused, now=NOW)
+    store.transition(runs[3], 1, RunStatus.finished, now=NOW)
+    found = {run: seconds for (run, _), seconds in store.running_attempts().items() if run in runs}
+    assert found == {runs[0]: 30, runs[1]: 120}
 
 
 def test_who_asked_first_to_cancel_is_remembered(store: Store, experiment: str) -> None:
