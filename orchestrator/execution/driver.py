@@ -1,5 +1,5 @@
-"""One attempt of one run, from a composed config to its end. Runs in the driver: `orc run`, or the entry point of a
-Ray job.
+"""The attempts of one run, from a composed config to their end. Runs in the driver: `orc run`, or the entry point of
+a Ray job. Where the ranks run is a `Place`.
 
 The driver waits, renews the attempt's lease, and says how it ended. It carries no data: metrics go from the workers'
 spools to the tracker. Whatever happens to it, what was logged arrives, and a driver that vanishes is noticed by its
@@ -27,14 +27,14 @@ from orchestrator.config import (
     Job,
     Resume,
     SecretFilter,
-    check_resources,
     redact_text,
     render,
 )
 from orchestrator.errors import ServiceUnavailable, UserError
-from orchestrator.execution.connection import capacity, check_stack, connect, disconnect, is_connected
+from orchestrator.execution.on_ray import OnRay
+from orchestrator.execution.place import Place
 from orchestrator.execution.worker import STOPPED, Plan, copy_to_storage, local_directory, log_path
-from orchestrator.failures.classify import Evidence, Finding, RankFailed, first_cause, may_restart
+from orchestrator.failures.classify import Evidence, RanksFailed, first_cause, may_restart
 from orchestrator.provenance.capture import capture
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
@@ -94,7 +94,14 @@ class Silent:
     def finished(self, outcome: Outcome) -> None: ...
 
 
-def train(job: Job, *, home: Path | None = None, progress: Progress | None = None, run: str = "") -> Outcome:
+def train(
+    job: Job,
+    *,
+    home: Path | None = None,
+    progress: Progress | None = None,
+    run: str = "",
+    open_place: Callable[[Stack], Place] = OnRay,
+) -> Outcome:
     """Runs `job` on the stack of `home`, as the next attempt of `run` if that is given, and waits for its end.
 
     Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable, RunIsActive.
@@ -103,28 +110,24 @@ def train(job: Job, *, home: Path | None = None, progress: Progress | None = Non
     progress = progress or Silent()
     stack = Stack.load(home)
     progress.phase("connecting")
-    is_ours = not is_connected()
-    tracker = connect(stack)
-    check_stack(job.settings, stack)
-    check_resources(job.settings, capacity())
-    spec = replace(_spec(job, stack), run=run)
+    place = open_place(stack)
     try:
-        return _attempts(job, stack, tracker, spec, progress)
+        place.check(job.settings)
+        return _attempts(job, stack, place, replace(_spec(job, stack), run=run), progress)
     finally:
-        if is_ours:
-            disconnect()
+        place.close()
 
 
-def _attempts(job: Job, stack: Stack, tracker: Any, spec: RunSpec, progress: Progress) -> Outcome:
+def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Progress) -> Outcome:
     """Attempts of one run, until one ends in a way that another would not mend, or the restarts are used up."""
     restarts = 0
     while True:
         try:
-            ticket = tracker.open_run(spec)
-            attempt = _Attempt(job, stack, tracker, ticket, progress)
+            ticket = place.tracker.open_run(spec)
+            attempt = _Attempt(job, stack, place, ticket, progress)
         except (ConnectionError, TimeoutError) as error:
             hint = "`orc status` tells more."
-            raise ServiceUnavailable("the tracker", stack.ray_address, f"{error}.", hint) from error
+            raise ServiceUnavailable("the tracker", stack.ray_address or stack.home, f"{error}.", hint) from error
         progress.started(ticket)
         outcome = attempt.run()
         if not may_restart(outcome.status, outcome.error, restarts, job.settings.failures.max_restarts):
@@ -143,15 +146,16 @@ def _limit(most: int) -> str:
 class _Attempt:
     """The life of one attempt in the driver."""
 
-    def __init__(self, job: Job, stack: Stack, tracker: Any, ticket: RunTicket, progress: Progress) -> None:
-        self._job, self._stack, self._tracker, self._ticket, self._progress = job, stack, tracker, ticket, progress
+    def __init__(self, job: Job, stack: Stack, place: Place, ticket: RunTicket, progress: Progress) -> None:
+        self._job, self._stack, self._place, self._ticket, self._progress = job, stack, place, ticket, progress
+        self._tracker = place.tracker
         self._started = time.monotonic()
         self._signal = ""
         self._stop_since: float | None = None
         self._abort = False
         self._over = threading.Event()
         self._announced = ""
-        self._spools = tracker.describe()["spool_directory"]
+        self._spools = self._tracker.describe()["spool_directory"]
         self._facts = Logger(Path(self._spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
 
     def run(self) -> Outcome:
@@ -207,7 +211,7 @@ class _Attempt:
             return RunStatus.finished, "", {}
         if self._stop_since is not None:
             return RunStatus.cancelled, self._stop_reason(), {}
-        finding = _finding(fit.error, self._job.secrets)
+        finding = first_cause(_evidence(fit.error, self._job.secrets))
         return finding.status, finding.reason, finding.error()
 
     def _finish(self, status: RunStatus, reason: str, error: Mapping[str, Any]) -> Outcome:
@@ -238,23 +242,8 @@ class _Attempt:
 
     # -- details
 
-    def _fit(self) -> Any:
-        from orchestrator.execution.trainer import torch_trainer
-
-        settings = self._job.settings
-        per_worker: dict[str, float] = {"CPU": settings.resources.cpus_per_worker}
-        if settings.resources.gpus_per_worker:
-            per_worker["GPU"] = settings.resources.gpus_per_worker
-        if settings.resources.memory_gb_per_worker:
-            per_worker["memory"] = settings.resources.memory_gb_per_worker * 1e9
-        trainer = torch_trainer(
-            self._plan(),
-            workers=settings.resources.workers,
-            resources_per_worker=per_worker,
-            placement=settings.resources.placement.value.upper(),
-            storage=str(Path(self._stack.home) / "ray" / "train"),
-        )
-        return trainer.fit().return_value
+    def _fit(self) -> str:
+        return self._place.fit(self._plan(), self._job.settings)
 
     def _plan(self) -> Plan:
         settings = self._job.settings
@@ -425,19 +414,10 @@ def _write_config(directory: Path, job: Job) -> None:
     (directory / "config.yaml").write_text(render(job, "yaml"))
 
 
-def _finding(error: BaseException, secrets: Sequence[str]) -> Finding:
-    """Ray Train's exception as evidence of every rank, without secrets."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
-    evidence = [_evidence(rank, failure, secrets) for rank, failure in failures.items()]
-    if not evidence:
-        evidence = [_evidence(-1, getattr(error, "controller_failure", None) or error, secrets)]
-    return first_cause(evidence)
-
-
-def _evidence(rank: int, failure: BaseException, secrets: Sequence[str]) -> Evidence:
-    if isinstance(failure, RankFailed):
-        return failure.evidence
-    return Evidence(rank=rank, type=type(failure).__name__, message=redact_text(str(failure), secrets))
+def _evidence(error: BaseException, secrets: Sequence[str]) -> Sequence[Evidence]:
+    if isinstance(error, RanksFailed):
+        return error.evidence
+    return [Evidence(rank=-1, type=type(error).__name__, message=redact_text(str(error), secrets))]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from orchestrator.execution.worker import Plan, train_loop
+from orchestrator.execution.worker import Plan, train_rank
 
 
 def torch_trainer(
@@ -15,6 +15,7 @@ def torch_trainer(
     Ray Train neither retries nor keeps checkpoints here: restarts are attempts, which are ours to number, and resuming
     needs no snapshot of Ray's. Metrics never go through `train.report`.
     """
+    import ray.train
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, RunConfig  # ray.train gives the types of the engine before
@@ -34,7 +35,13 @@ def torch_trainer(
     )
 
     def loop() -> str:
-        return train_loop(plan)
+        context = ray.train.get_context()
+        return train_rank(
+            plan,
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+        )
 
     # Not as `train_loop_config`, which Ray Train keeps and exports: the plan holds the user's secrets in clear.
     return TorchTrainer(cast(Any, loop), scaling_config=scaling, run_config=cast(Any, run_config))

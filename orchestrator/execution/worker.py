@@ -1,4 +1,4 @@
-"""What runs in every training worker: identity, logger, logs, the `run` object, then the user's function."""
+"""What runs in every rank, wherever that is: identity, logger, logs, the `run` object, then the user's function."""
 
 from __future__ import annotations
 
@@ -49,17 +49,14 @@ class Plan:
     """CPU threads per worker."""
 
 
-def train_loop(plan: Plan) -> str:
-    """Called by Ray Train on every rank. Returns DONE or STOPPED; what the user's function raises is recorded and
-    raised again.
+def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int) -> str:
+    """The life of one rank. Returns DONE or STOPPED; what the user's function raises is recorded and raised as
+    RankFailed.
     """
-    import ray.train
     import torch
 
     from orchestrator.tracking.logger import Logger
 
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
     torch.set_num_threads(plan.threads)
     _enter(plan.code_paths)
     ticket = plan.ticket
@@ -68,7 +65,7 @@ def train_loop(plan: Plan) -> str:
     )
     try:
         with _log_file(log_path(ticket, rank), plan.secrets):
-            return _run_user_function(plan, logger, rank, context.get_world_size(), context.get_local_rank())
+            return _run_user_function(plan, logger, rank, world_size, local_rank)
     finally:
         copy_to_storage(ticket, log_path(ticket, rank))
         # The agent ships the rest in any case; waiting means that what follows the run sees all of it.

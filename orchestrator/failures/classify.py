@@ -51,6 +51,17 @@ class RankFailed(OrchestratorError):
         return f"{self.evidence.type}: {self.evidence.message}\n{self.evidence.traceback}"
 
 
+class RanksFailed(OrchestratorError):
+    """An attempt failed. `evidence` is what its ranks left behind, at least one piece."""
+
+    def __init__(self, evidence: Sequence[Evidence]) -> None:
+        super().__init__(evidence)
+        self.evidence = tuple(evidence)
+
+    def __str__(self) -> str:
+        return first_cause(self.evidence).reason
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """The cause. `status` is how the attempt ended."""

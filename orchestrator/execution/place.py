@@ -1,0 +1,46 @@
+"""Where the ranks of an attempt run. The driver asks a place and knows no Ray; `on_ray.py` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from orchestrator.config import Settings
+from orchestrator.execution.worker import Plan
+from orchestrator.records import RunSpec, RunTicket
+
+
+class Tracker(Protocol):
+    """What the driver asks of the tracker. Every call may raise ConnectionError or TimeoutError."""
+
+    def open_run(self, spec: RunSpec) -> RunTicket: ...
+    def heartbeat(self, run: str, attempt: int) -> bool: ...
+    def cancel(self, run: str, user: str = "") -> None: ...
+    def live(self, run: str) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Place(Protocol):
+    """Open until `close`. `check` comes before a run exists, `fit` once per attempt."""
+
+    @property
+    def name(self) -> str:
+        """`ray` or `local`."""
+        ...
+
+    @property
+    def tracker(self) -> Tracker: ...
+
+    def check(self, settings: Settings) -> None:
+        """Raises ConfigError when a run with these settings could never start here."""
+        ...
+
+    def resources(self) -> Mapping[str, Any]:
+        """What there is, as plain values for the record: nodes with host, cpus, gpus, memory_gb."""
+        ...
+
+    def fit(self, plan: Plan, settings: Settings) -> str:
+        """Trains on all ranks. Blocks; returns DONE or STOPPED of worker.py. Raises RanksFailed."""
+        ...
+
+    def close(self) -> None: ...
