@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import text
 from orchestrator.cli.progress import chosen_metrics
+from orchestrator.failures.explain import five_lines
 from orchestrator.records import RunStatus
 
 if TYPE_CHECKING:
@@ -130,7 +131,6 @@ class Story:
                 ("id", run.run),
                 ("experiment", run.experiment),
                 ("why", run.reason),
-                ("error", _error(run.error)),
                 ("stop", _cancellation(run, now)),
                 ("started", "" if run.started is None else text.age(now - run.started)),
                 ("duration", "" if run.started is None else text.duration(run.duration(now))),
@@ -143,6 +143,10 @@ class Story:
                 ("config", run.config_hash[:12]),
             ]
         )
+        if run.error and (run.status is not RunStatus.finished):
+            output.line()
+            output.line("failure", style="bold")
+            output.fields(five_lines(run.error), indent="  ")
         self._tables(output, now)
         if self.links:
             output.line()

@@ -13,6 +13,7 @@ from orchestrator.cli.configs import composed
 from orchestrator.cli.output import Output
 from orchestrator.config import Job
 from orchestrator.errors import RunIsActive, UserError
+from orchestrator.failures.explain import five_lines
 from orchestrator.records import RunStatus
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def exit_code(outcome: Outcome) -> int:
 
 def render(outcome: Outcome, output: Output) -> None:
     """What happened and where to look; the display has said the status."""
+    if outcome.error:
+        output.fields(five_lines(outcome.error), indent="  ")
     metrics = progress.chosen_metrics(outcome.summaries, most=METRICS_AT_THE_END)
     output.fields([(key, text.number(value)) for key, value in metrics], indent="  ")
     output.fields(

@@ -9,6 +9,7 @@ lease.
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import json
 import logging
@@ -34,7 +35,7 @@ from orchestrator.errors import ServiceUnavailable, UserError
 from orchestrator.execution.on_ray import OnRay
 from orchestrator.execution.place import Place
 from orchestrator.execution.worker import STOPPED, Plan, copy_to_storage, local_directory, log_path
-from orchestrator.failures.classify import Evidence, RanksFailed, first_cause, may_restart
+from orchestrator.failures.classify import Decision, Evidence, RanksFailed, after, first_cause
 from orchestrator.provenance.capture import capture
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
@@ -120,21 +121,22 @@ def train(
 
 def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Progress) -> Outcome:
     """Attempts of one run, until one ends in a way that another would not mend, or the restarts are used up."""
-    restarts = 0
+    restarts, most = 0, job.settings.failures.max_restarts
     while True:
+        decide = functools.partial(after, restarts=restarts, most=most)
         try:
             ticket = place.tracker.open_run(spec)
-            attempt = _Attempt(job, stack, place, ticket, progress)
+            attempt = _Attempt(job, stack, place, ticket, progress, decide)
         except (ConnectionError, TimeoutError) as error:
             hint = "`orc status` tells more."
             raise ServiceUnavailable("the tracker", stack.ray_address or stack.home, f"{error}.", hint) from error
         progress.started(ticket)
         outcome = attempt.run()
-        if not may_restart(outcome.status, outcome.error, restarts, job.settings.failures.max_restarts):
+        if not decide(outcome.status, outcome.error).is_restart:
             return outcome
         pause = min(2.0**restarts, 60.0)
         restarts += 1
-        progress.phase(f"restarting in {pause:.0f} s ({restarts} of {_limit(job.settings.failures.max_restarts)})")
+        progress.phase(f"restarting in {pause:.0f} s ({restarts} of {_limit(most)})")
         time.sleep(pause)
         spec = replace(spec, run=outcome.run, after_attempt=outcome.attempt)
 
@@ -143,11 +145,17 @@ def _limit(most: int) -> str:
     return "any number" if most < 0 else str(most)
 
 
+Decide = Callable[[RunStatus, Mapping[str, Any]], Decision]
+
+
 class _Attempt:
     """The life of one attempt in the driver."""
 
-    def __init__(self, job: Job, stack: Stack, place: Place, ticket: RunTicket, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, progress: Progress, decide: Decide
+    ) -> None:
         self._job, self._stack, self._place, self._ticket, self._progress = job, stack, place, ticket, progress
+        self._decide = decide
         self._tracker = place.tracker
         self._started = time.monotonic()
         self._signal = ""
@@ -216,6 +224,7 @@ class _Attempt:
 
     def _finish(self, status: RunStatus, reason: str, error: Mapping[str, Any]) -> Outcome:
         self._progress.phase("saving the record")
+        error = self._explained(status, error)
         self._fact(FactKind.status, {"status": status.value, "reason": reason, "error": dict(error) or None})
         if not self._facts.wait_committed(0.5 if self._abort else FLUSH):
             logger.warning(
@@ -241,6 +250,17 @@ class _Attempt:
         return outcome
 
     # -- details
+
+    def _explained(self, status: RunStatus, error: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The error with what only the driver knows: what follows, and where the log is."""
+        if not error:
+            return error
+        rank = error.get("rank", -1)
+        step = error.get("step")
+        if step is None and rank >= 0:
+            step = self._live().get("step")
+        done = self._decide(status, error).words
+        return {**error, "step": step, "done": done, "log": str(log_path(self._ticket, rank))}
 
     def _fit(self) -> str:
         return self._place.fit(self._plan(), self._job.settings)

@@ -87,6 +87,7 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
     from orchestrator.config import config_schema, load_function, user_config
     from orchestrator.training.run import Run, RunStopped
 
+    run: Run | None = None
     try:
         function = load_function(plan.train)
         run = Run(
@@ -111,6 +112,7 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
             traceback=redact_text(traceback.format_exc(), plan.secrets),
             host=socket.gethostname(),
             at=time.time(),
+            step=run.step if run is not None else None,
         )
         data = {
             "kind": "exception",

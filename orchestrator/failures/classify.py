@@ -38,6 +38,8 @@ class Evidence:
     host: str = ""
     at: float = 0.0
     """Seconds since 1970, by the rank's clock; 0 when not known."""
+    step: int | None = None
+    """The run's step when it happened; None when nobody could say."""
 
 
 class RankFailed(OrchestratorError):
@@ -89,6 +91,8 @@ class Finding:
             "message": evidence.message,
             "rank": evidence.rank,
             "host": evidence.host,
+            "step": evidence.step,
+            "what": self.what,
             "traceback": evidence.traceback,
             "hint": self.hint,
         }
@@ -119,11 +123,29 @@ def first_cause(evidence: Sequence[Evidence]) -> Finding:
     return Finding(kind=kind, status=status, what=_what(kind, cause), evidence=cause, hint=_hint(kind, cause))
 
 
-def may_restart(status: RunStatus, error: Mapping[str, Any], restarts: int, most: int) -> bool:
-    """Whether another attempt may help and is allowed; the same bug would only fail again. `most` < 0: no limit."""
-    if status not in (RunStatus.failed, RunStatus.crashed) or error.get("kind") not in MENDED_BY_RESTART:
-        return False
-    return most < 0 or restarts < most
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What follows an attempt that ended, and in words why."""
+
+    is_restart: bool
+    words: str
+
+
+def after(status: RunStatus, error: Mapping[str, Any], restarts: int, most: int) -> Decision:
+    """Whether another attempt may help and is allowed: the same bug would only fail again. `most` < 0: no limit."""
+    if status not in (RunStatus.failed, RunStatus.crashed):
+        return Decision(is_restart=False, words="")
+    if error.get("kind") not in MENDED_BY_RESTART:
+        return Decision(is_restart=False, words="not restarted: the same would only happen again")
+    if most == 0:
+        words = "not restarted: failures.max_restarts is 0; `orc resume` goes on from the newest checkpoint"
+        return Decision(is_restart=False, words=words)
+    if 0 <= most <= restarts:
+        return Decision(
+            is_restart=False, words=f"not restarted: all {most} restarts (failures.max_restarts) are used up"
+        )
+    count = f"{restarts + 1} of {most}" if most > 0 else f"{restarts + 1}, no limit"
+    return Decision(is_restart=True, words=f"restarted from the newest checkpoint (restart {count})")
 
 
 def _kind(cause: Evidence) -> FailureKind:

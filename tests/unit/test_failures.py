@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.failures.classify import Evidence, FailureKind, first_cause, may_restart
+from orchestrator.failures.classify import Evidence, FailureKind, after, first_cause
+from orchestrator.failures.explain import five_lines
 from orchestrator.records import RunStatus
 
 ECHO = Evidence(
@@ -60,4 +61,30 @@ def test_the_hint_names_the_users_own_line() -> None:
 def test_only_what_a_restart_can_mend_is_restarted(
     status: RunStatus, kind: str, restarts: int, most: int, expected: bool
 ) -> None:
-    assert may_restart(status, {"kind": kind}, restarts, most) is expected
+    decision = after(status, {"kind": kind}, restarts, most)
+    assert decision.is_restart is expected
+    if status in (RunStatus.failed, RunStatus.crashed):
+        assert decision.words.startswith("restarted" if expected else "not restarted")
+    else:
+        assert not decision.words
+
+
+def test_a_failure_is_told_in_five_lines() -> None:
+    finding = first_cause(
+        [Evidence(rank=1, type="ActorDiedError", message="the actor died", host="node-7", step=120), ECHO]
+    )
+    decision = after(finding.status, finding.error(), restarts=0, most=2)
+    error = {**finding.error(), "done": decision.words, "log": "/runs/r/logs/attempt-1/rank-1.log"}
+    assert five_lines(error) == [
+        ("what", "worker killed: the worker process died without a word"),
+        ("where", "rank 1, host node-7, step 120"),
+        ("why", finding.hint),
+        ("done", "restarted from the newest checkpoint (restart 1 of 2)"),
+        ("log", "/runs/r/logs/attempt-1/rank-1.log"),
+    ]
+
+
+def test_an_error_of_which_little_is_known_is_told_in_fewer_lines() -> None:
+    assert five_lines({"type": "ConfigError", "message": "storage.url: no\nmore"}) == [
+        ("what", "ConfigError: storage.url: no")
+    ]
