@@ -76,6 +76,17 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(work).encode()).hexdigest()
 
 
+PARTS = ("config", "code", "data", "environment")
+"""What a run is made of; each has a hash, see orchestrator/provenance/fingerprint.py."""
+
+
+def whole_fingerprint(parts: Mapping[str, str]) -> str:
+    """SHA-256 (hex) over the hashes of all parts; empty while one is unknown. A run may have no data to name."""
+    if not all(parts.get(name) for name in PARTS if name != "data"):
+        return ""
+    return hashlib.sha256(" ".join(f"{name}={parts.get(name, '')}" for name in PARTS).encode()).hexdigest()
+
+
 def json_number(value: float) -> float | str:
     """A float as strict JSON can hold it: `.nan`, `.inf` and `-.inf`, as YAML writes them, for what JSON cannot."""
     if math.isnan(value):

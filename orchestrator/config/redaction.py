@@ -31,7 +31,8 @@ _TEXT_TOKENS = {
 }
 """`pad_token` and the like belong to a tokenizer."""
 
-_URL_PASSWORD = re.compile(r"(?P<start>[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@'\"]*:)(?P<password>[^\s/'\"]+)(?=@)")
+# The scheme's length is bounded, or a megabyte of letters without `://` would take hours.
+_URL_PASSWORD = re.compile(r"(?P<start>[A-Za-z][A-Za-z0-9+.\-]{0,30}://[^\s/:@'\"]*:)(?P<password>[^\s/'\"]+)(?=@)")
 _NAMED_PASSWORD = re.compile(
     r"(?P<start>\b(?:password|passwd|sslpassword|api_key|apikey|access_token|token|secret)=)(?P<password>[^\s&;'\"]+)",
     re.IGNORECASE,

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from orchestrator.config.typed import bounded
 from orchestrator.errors import ConfigError
+from orchestrator.json_logs import RUN_COMPONENTS, check_components
 
 
 class Enabled(StrEnum):
@@ -114,8 +115,11 @@ class TrackingConfig:
     """Seconds that the end of a run waits until everything logged is accepted."""
     spool_mb: int = bounded(1024, minimum=1)
     """2^20 bytes that the spool of one process may hold until they are committed."""
+    debug: list[str] = field(default_factory=list)
+    """Which of `driver` and `worker` log in detail. Services: `orc up tracking.debug=tracker`."""
 
     def __post_init__(self) -> None:
+        check_components("tracking.debug", self.debug, RUN_COMPONENTS)
         if self.lease < 3 * self.heartbeat:
             why = f"must be at least three heartbeats ({self.heartbeat:g} s each), or a single late one ends the run."
             raise ConfigError(
@@ -165,6 +169,8 @@ class MlflowConfig:
     """Port of the server that `orc up` starts; 0: a free one."""
     experiment_prefix: str = ""
     """Put before the experiment's name in MLflow."""
+    other_ranks: bool = False
+    """Also show the other ranks' curves there, as `KEY/rank_K`."""
 
 
 @dataclass(kw_only=True)
@@ -193,6 +199,32 @@ class FailuresConfig:
 
 
 @dataclass(kw_only=True)
+class SubmitConfig:
+    """What `orc submit` sends to a cluster."""
+
+    exclude: list[str] = field(default_factory=list)
+    """Files and directories that stay here, as in a .gitignore, besides those that .gitignore names."""
+    env: list[str] = field(default_factory=list)
+    """Names of environment variables that the job gets from here. Everybody who may list jobs can read them."""
+    max_mb: float = bounded(50.0, above=0)
+    """10^6 bytes; a project with more is not sent."""
+
+
+@dataclass(kw_only=True)
+class ProvenanceConfig:
+    """What is kept of the source beside the record. Packages, git, hosts and versions are always recorded."""
+
+    source: bool = True
+    """Keep an archive of the source files in the run's directory; what .gitignore names is left out."""
+    max_mb: float = bounded(50.0, above=0)
+    """10^6 bytes that all archived files may have together, uncompressed."""
+    max_file_mb: float = bounded(5.0, above=0)
+    """10^6 bytes that one archived file may have."""
+    exclude: list[str] = field(default_factory=list)
+    """What else is left out, as in a .gitignore."""
+
+
+@dataclass(kw_only=True)
 class Settings:
     """All keys of ours. Everything else in a configuration belongs to the user's train function."""
 
@@ -207,6 +239,8 @@ class Settings:
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
+    provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
     preset: dict[str, bool] = field(default_factory=dict)
     """Names of the presets that were applied. Only a record: choose them with `preset=NAME` or `preset=[A,B]`."""
     environment: str = "local"
@@ -221,7 +255,8 @@ RESERVED = ("experiment", "hydra", "defaults")
 
 NOT_WORK = (
     *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume"),
-    *("storage", "database", "mlflow", "ray", "preset", "environment"),
+    "tracking.debug",
+    *("storage", "database", "mlflow", "ray", "provenance", "submit", "preset", "environment"),
 )
 """Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash."""
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from orchestrator.errors import UserError
+from orchestrator.provenance.datasets import fingerprint
 from orchestrator.training.run import Run
 
 
@@ -38,6 +39,8 @@ class DigitsConfig:
 
 def train(run: Run, cfg: DigitsConfig) -> None:
     training, test = datasets(cfg.test_share)
+    for split, samples in (("train", training), ("test", test)):
+        run.dataset("digits", split=split, size=len(samples), fingerprint=fingerprint(samples.tensors))
     model, loader = run.prepare(network(cfg), DataLoader(training, cfg.batch_size, shuffle=True))
     test_loader = run.prepare(DataLoader(test, batch_size=256), even=False)  # each sample counts once
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)

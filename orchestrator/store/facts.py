@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
+from orchestrator.config.identity import whole_fingerprint
 from orchestrator.records import Fact, FactKind, RunStatus
 from orchestrator.store.cleaning import clean_json, clean_name, clean_text
 from orchestrator.store.lifecycle import Cursor, Move, add_event, move, set_params, set_tags, when
@@ -133,11 +134,24 @@ def _write(cursor: Cursor, said: Said) -> None:
         case FactKind.status:
             _move(cursor, said, RunStatus(data["status"]), data, fact)
         case FactKind.provenance:
-            cursor.execute(
-                "UPDATE attempts SET provenance = provenance || %(more)s, xid = pg_current_xact_id()"
-                " WHERE run_id = %(run)s AND attempt = %(attempt)s",
-                who | {"more": Jsonb(clean_json(dict(data)))},
-            )
+            _add_provenance(cursor, who, clean_json(dict(data)))
+
+
+PARTWISE = ("ranks", "datasets", "fingerprint")
+"""Parts of a provenance to which several facts add: one rank each, one dataset each, one hash each."""
+
+
+def _add_provenance(cursor: Cursor, who: dict[str, Any], data: dict[str, Any]) -> None:
+    """Adds to what the driver and other ranks said. Each statement reads and writes under the row's lock, so facts of
+    several producers may come in any order and at the same time.
+    """
+    parts = {name: data[name] for name in PARTWISE if isinstance(data.get(name), dict)}
+    if "datasets" in parts:  # first, because whoever locks both rows begins with the run's
+        cursor.execute(_DATASETS, who | {"more": Jsonb(parts["datasets"])})
+    whole = {name: value for name, value in data.items() if name not in parts}
+    row = cursor.execute(_PROVENANCE, who | {"whole": Jsonb(whole), "parts": Jsonb(parts)}).fetchone()
+    if row is not None and isinstance(row[0], dict) and (run := whole_fingerprint(row[0])) != row[0].get("run"):
+        cursor.execute(_PROVENANCE, who | {"whole": Jsonb({}), "parts": Jsonb({"fingerprint": {"run": run}})})
 
 
 def _move(cursor: Cursor, said: Said, new: RunStatus, data: Any, fact: Fact) -> None:
@@ -175,6 +189,20 @@ def _integer(value: Any) -> int | None:
         raise ValueError(f"{value!r} is no 64-bit integer")
     return number
 
+
+_PROVENANCE = """
+UPDATE attempts SET xid = pg_current_xact_id(), provenance = provenance || %(whole)s || coalesce((
+  SELECT jsonb_object_agg(part.key, CASE jsonb_typeof(provenance -> part.key)
+    WHEN 'object' THEN (provenance -> part.key) || part.value ELSE part.value END)
+  FROM jsonb_each(%(parts)s) part), '{}')
+WHERE run_id = %(run)s AND attempt = %(attempt)s
+RETURNING provenance -> 'fingerprint'
+"""
+
+_DATASETS = """
+UPDATE runs SET dataset = dataset || %(more)s, xid = pg_current_xact_id(), updated_at = %(at)s, updated_by = %(user)s
+WHERE id = %(run)s AND attempt = %(attempt)s
+"""
 
 # What is not said stays as it is.
 _METRIC = """

@@ -26,6 +26,8 @@ from orchestrator.checkpoints.state import TrainState
 from orchestrator.checkpoints.triggers import Moment, improved, reasons_to_save
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import BadMetric, UserError
+from orchestrator.provenance import datasets
+from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training import seeds
 from orchestrator.training.group import Group, Value
@@ -52,8 +54,8 @@ class Run:
 
     Collective (all ranks call it together): `report`, `save`, `state` while resuming, `sum`, `mean`, `finish`, and
     `prepare` for models. Everything else is local. `log` and `event` record on the rank that calls them; `params`,
-    `tags`, `note`, `metric`, `artifact` and `figure` count on rank 0 and do nothing on the others, so a train
-    function needs no `if` around them. Making a Run seeds the process's random generators.
+    `tags`, `note`, `metric`, `dataset`, `artifact` and `figure` count on rank 0 and do nothing on the others, so a
+    train function needs no `if` around them. Making a Run seeds the process's random generators.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Run:
             config_hash=config_hash,
         )
         self._loaders: list[ShardedLoader] = []
+        self._datasets: dict[str, dict[str, Any]] = {}
         self._state: TrainState | None = None
         self._generators: dict[str, Any] | None = None
         self._step, self._logged = 0, False
@@ -352,6 +355,30 @@ class Run:
         _one_of("reduction", reduction, ("mean", "min", "max", "sum", "last"))
         given = {"unit": unit, "direction": direction, "reduction": reduction}
         self._tell_once(FactKind.metric, {"name": name, **{key: value for key, value in given.items() if value}})
+
+    def dataset(
+        self,
+        name: str,
+        *,
+        fingerprint: str = "",
+        uri: str = "",
+        version: str = "",
+        size: int | None = None,
+        split: str = "",
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Declares data that the run uses; part of the run's fingerprint. `size` is the number of samples.
+
+        `orchestrator.provenance.datasets.fingerprint` makes a fingerprint of files, arrays or tensors. The same name
+        and split again replaces the earlier declaration. Example: run.dataset("cifar10", split="train",
+        fingerprint=fingerprint("data/cifar/train"), size=50_000). Raises BadDataset.
+        """
+        key, values = datasets.declared(
+            name, fingerprint=fingerprint, uri=uri, version=version, size=size, split=split, details=_json(details)
+        )
+        self._datasets[key] = values
+        hashes = {"data": data_fingerprint(self._datasets)}
+        self._tell_once(FactKind.provenance, {"datasets": {key: values}, "fingerprint": hashes})
 
     def artifact(self, source: str | os.PathLike[str] | bytes, name: str | None = None) -> str:
         """Copies a file (or bytes, which need a name) to the run's `artifacts/` and records size and SHA-256. Gives

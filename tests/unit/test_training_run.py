@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +23,8 @@ from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.clock import ManualClock
 from orchestrator.errors import UserError
 from orchestrator.examples import digits, first_job
+from orchestrator.provenance.datasets import fingerprint
+from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training.run import Run, RunStopped
 
@@ -347,6 +350,19 @@ def test_seeds_make_runs_repeatable_and_ranks_different(tmp_path: Path) -> None:
 
 
 # -- the record ----------------------------------------------------------------------------------------------
+
+
+def test_datasets_are_told_with_the_hash_of_all_of_them(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path)
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    run.dataset("digits", split="train", fingerprint=fingerprint(torch.from_numpy(numbers)), size=2)
+    run.dataset("digits", split="test", uri="/data/test", details={"scale": math.inf})
+    first, second = recorder.facts(FactKind.provenance)
+    told = {"name": "digits", "split": "train", "fingerprint": fingerprint(numbers), "size": 2}
+    assert first["datasets"] == {"digits/train": told}
+    assert second["datasets"]["digits/test"]["details"] == {"scale": "inf"}
+    assert second["fingerprint"] == {"data": data_fingerprint({**first["datasets"], **second["datasets"]})}
+    assert fingerprint(torch.zeros(2, dtype=torch.bfloat16)) != fingerprint(torch.zeros(2, dtype=torch.float16))
 
 
 def test_params_are_flat_and_plain(tmp_path: Path) -> None:
