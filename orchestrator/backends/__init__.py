@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from orchestrator.backends.mlflow import MlflowSink
 
 
-def open_mlflow(tracking_uri: str, *, experiment_prefix: str = "") -> MlflowSink:
-    """The MLflow server or database at `tracking_uri` as a sink. Connects lazily; importing MLflow takes seconds."""
+def open_mlflow(tracking_uri: str, *, experiment_prefix: str = "", dashboard: str = "") -> MlflowSink:
+    """The MLflow server or database at `tracking_uri` as a sink. Connects lazily; importing MLflow takes seconds.
+    `dashboard`: Ray's, for links back."""
     from orchestrator.backends.mlflow import MlflowSink
 
-    return MlflowSink(tracking_uri, experiment_prefix=experiment_prefix)
+    return MlflowSink(tracking_uri, experiment_prefix=experiment_prefix, dashboard=dashboard)

@@ -3,7 +3,9 @@
 How a run looks there: the plain key is the canonical curve with its own steps and timestamps; `orc.…` tags say where
 the run comes from (`orc.run_id` finds it); ±inf, which MLflow clips to ±1.8e308, is also in `orc.nonfinite.<key>`;
 names that MLflow refuses are changed and a short hash is appended, with the original in `orc.key.<name>`; a parameter
-that changes later, which MLflow forbids, goes to `orc.param.<name>`; artifacts are links in `orc.artifact.<name>`.
+that changes later, which MLflow forbids, goes to `orc.param.<name>`; artifacts are links in `orc.artifact.<name>`,
+small ones are also copied where the server takes files. The copy of an attempt is a child run with `orc.attempt_of` and
+`orc.attempt` and without `orc.run_id`, parameters and the user's tags, so that looking for those finds runs only.
 
 MLflow identifies a point by (key, timestamp, step, value), so everything may be sent again. Two equal points of one
 key at the same step in the same millisecond are one point there.
@@ -14,21 +16,36 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mimetypes
 import os
 import posixpath
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
-from mlflow.entities import Experiment, Metric, Param, Run, RunTag, ViewType
+import yaml
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.backends.sinks import RunFacts, Series, SinkGone, SinkRefused, SinkUnavailable, Target
+from orchestrator.backends.sinks import (
+    ArtifactFacts,
+    DatasetFacts,
+    File,
+    RunFacts,
+    Series,
+    SinkGone,
+    SinkRefused,
+    SinkUnavailable,
+    Target,
+)
+from orchestrator.backends.small_files import NotRead, SmallFiles
 from orchestrator.records import RunStatus
 
 logger = logging.getLogger(__name__)
@@ -39,6 +56,11 @@ MAX_NAME = 250
 MAX_PARAM = 6000
 MAX_TAG = 8000
 MAX_ARTIFACT_TAGS = 500
+MAX_DIGEST = 36
+MAX_FILES = 100
+"""So many artifacts of a run are copied, the newest; all are listed in `orc/artifacts.json` (up to `MAX_LISTED`)."""
+MAX_LISTED = 2000
+MAX_FILE_BYTES = 1_000_000
 
 STATUS: Mapping[RunStatus, str] = {
     RunStatus.created: "SCHEDULED",
@@ -84,7 +106,9 @@ class MlflowSink:
     name = "mlflow"
     max_points = 1000
 
-    def __init__(self, tracking_uri: str, *, timeout: int = 4, experiment_prefix: str = "") -> None:
+    def __init__(
+        self, tracking_uri: str, *, timeout: int = 4, experiment_prefix: str = "", dashboard: str = ""
+    ) -> None:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(timeout)
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
@@ -92,6 +116,8 @@ class MlflowSink:
         self._uri = tracking_uri
         self._timeout = timeout
         self._prefix = experiment_prefix
+        self._dashboard = dashboard
+        self._small_files = SmallFiles(most_bytes=MAX_FILE_BYTES)
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
 
@@ -101,8 +127,12 @@ class MlflowSink:
         return mlflow_name(name)
 
     def tags(self, run: RunFacts) -> dict[str, str]:
+        """An attempt's copy has no `orc.run_id`: a look-up by that finds the run itself and nothing else."""
+        git = run.git
+        dirty = git.get("is_dirty", git.get("dirty"))
         ours = {
-            "orc.run_id": run.id,
+            "orc.run_id": "" if run.attempt_of else run.id,
+            "orc.attempt_of": run.attempt_of,
             "orc.project": run.project,
             "orc.attempt": str(run.attempt),
             "orc.status": run.status.value,
@@ -111,24 +141,44 @@ class MlflowSink:
             "orc.config_hash": run.config_hash,
             "orc.directory": run.directory,
             "orc.job": run.job,
+            "orc.dashboard": _job_page(self._dashboard, run.job),
+            "orc.host": run.host,
             "mlflow.runName": run.name,
             "mlflow.user": run.user,
             "mlflow.source.name": run.source,
             "mlflow.source.type": "JOB",
-            "mlflow.source.git.commit": str(run.git.get("commit") or ""),
-            "mlflow.source.git.branch": str(run.git.get("branch") or ""),
-            "mlflow.source.git.dirty": str(run.git["dirty"]) if "dirty" in run.git else "",
-            "mlflow.source.git.repoURL": str(run.git.get("remote") or ""),
+            "mlflow.source.git.commit": str(git.get("commit") or ""),
+            "mlflow.source.git.branch": str(git.get("branch") or ""),
+            "mlflow.source.git.dirty": "" if dirty is None else str(dirty),
+            "mlflow.source.git.repoURL": str(git.get("remote") or ""),
             "mlflow.note.content": "\n\n".join(text for text in (run.description, *run.notes) if text),
         }
-        links = {f"orc.artifact.{name}": uri for name, uri in list(run.artifacts.items())[-MAX_ARTIFACT_TAGS:]}
+        newest = {artifact.name: artifact.uri for artifact in run.artifacts}
+        links = {f"orc.artifact.{name}": uri for name, uri in list(newest.items())[-MAX_ARTIFACT_TAGS:]}
+        links |= {f"orc.dataset.{_dataset_key(one)}": one.fingerprint or one.uri for one in run.datasets}
         # The next attempt must be able to take back a reason or an error; the rest is left out while empty.
-        stays = {"orc.reason", "orc.error"} if run.attempt > 1 else set()
+        stays = {"orc.reason", "orc.error"} if run.attempt > 1 or run.attempt_of else set()
         named = {**run.tags, **links, **{name: text for name, text in ours.items() if text or name in stays}}
         return {mlflow_name(name): _clean(str(text), MAX_TAG) for name, text in named.items()}
 
     def params(self, run: RunFacts) -> dict[str, str]:
         return {mlflow_name(name): _clean(_param_text(value), MAX_PARAM) for name, value in run.params.items()}
+
+    def files(self, run: RunFacts) -> list[File]:
+        """The configuration, the list of artifacts, and those that are small and for eyes."""
+        found = []
+        if run.config:
+            found.append(_document("orc/config.yaml", yaml.safe_dump(_plain(run.config), sort_keys=False)))
+        if run.artifacts:
+            listed = [_listed(artifact) for artifact in run.artifacts[-MAX_LISTED:]]
+            found.append(_document("orc/artifacts.json", json.dumps(listed, indent=1)))
+        newest = {artifact.name: artifact for artifact in run.artifacts}
+        small = [artifact for artifact in newest.values() if _is_for_eyes(artifact)][-MAX_FILES:]
+        for artifact in small:
+            mark = artifact.sha256[:16] or _digest(f"{artifact.uri} {artifact.size_bytes} {artifact.step}")
+            path = f"artifacts/{mlflow_name(artifact.name)}"
+            found.append(File(path=path, mark=mark, uri=artifact.uri, directory=run.directory))
+        return found
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -159,11 +209,12 @@ class MlflowSink:
     def ensure_run(self, run: RunFacts) -> Target:
         started = time.monotonic()
         experiment = self.ensure_experiment(run.experiment)
-        found = self._find(experiment, run.id)
+        wanted = _query(run)
+        found = self._find(experiment, run.id, wanted)
         if found is not None:
             return self._target(found)
         tags = self.tags(run)
-        if run.parent and (parent := self._find(experiment, run.parent)) is not None:
+        if run.parent and (parent := self._find(experiment, run.parent, _query_of(run.parent))) is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
         name = _clean(run.name, MAX_NAME)
         made: Run = self._call(
@@ -172,7 +223,7 @@ class MlflowSink:
         )
         if time.monotonic() - started < self._timeout:
             # An earlier request may have been answered too late for us to see it, yet have made the run: keep only one.
-            made = self._find(experiment, run.id) or made
+            made = self._find(experiment, run.id, wanted) or made
         return self._target(made, created=True)
 
     def set_tags(self, target: Target, tags: Mapping[str, str]) -> None:
@@ -200,6 +251,32 @@ class MlflowSink:
         ]
         self._batch(target, metrics=metrics)
 
+    def log_datasets(self, target: Target, datasets: Sequence[DatasetFacts]) -> None:
+        inputs = _inputs(datasets)
+        for start in range(0, len(inputs), 100):
+            some = inputs[start : start + 100]
+            self._call(
+                f"{len(some)} datasets of run {target.id}",
+                partial(MlflowClient.log_inputs, run_id=target.id, datasets=some),
+                run=target,
+            )
+
+    def upload(self, target: Target, file: File) -> None:
+        data = file.data
+        if data is None:
+            try:
+                data = self._small_files.read(file.directory, file.uri)
+            except NotRead as error:
+                raise SinkRefused(self.name, file.uri, str(error)) from error
+        folder, name = posixpath.split(file.path)
+        with tempfile.TemporaryDirectory(prefix="orc-") as directory:
+            local = Path(directory) / name
+            local.write_bytes(data)
+            self._call(
+                file.path,
+                lambda client: client.log_artifact(target.id, str(local), folder or None),
+            )
+
     def set_status(self, target: Target, status: RunStatus, end_ms: int | None) -> None:
         word = STATUS[status]
         if status.is_terminal:
@@ -212,9 +289,8 @@ class MlflowSink:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _find(self, experiment: str, run: str) -> Run | None:
-        """The run with this `orc.run_id`. Doubles from a lost answer never got a point; they are deleted."""
-        wanted = f"tags.`orc.run_id` = '{run}'"
+    def _find(self, experiment: str, run: str, wanted: str) -> Run | None:
+        """The run that `wanted` describes. Doubles from a lost answer never got a point; they are deleted."""
         found: list[Run] = self._call(
             f"run {run}",
             lambda client: client.search_runs([experiment], wanted, run_view_type=ViewType.ALL, max_results=20),
@@ -236,7 +312,12 @@ class MlflowSink:
         server = urlsplit(self._uri)
         page = server._replace(netloc=server.netloc.rpartition("@")[2], path=server.path.rstrip("/"))  # no password
         url = f"{urlunsplit(page)}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
-        return Target(id=info.run_id, url=url if self._uri.startswith("http") else "", created=created)
+        return Target(
+            id=info.run_id,
+            url=url if self._uri.startswith("http") else "",
+            created=created,
+            takes_files=str(info.artifact_uri).startswith("mlflow-artifacts:"),
+        )
 
     def _run(self, target: Target) -> Run:
         return self._call(f"run {target.id}", lambda client: client.get_run(target.id), run=target)
@@ -258,7 +339,8 @@ class MlflowSink:
         except MlflowException as error:
             raise self._translated(error, what, run) from error
         except (OSError, requests.RequestException) as error:
-            raise SinkUnavailable(self.name, _short(error)) from error
+            answered = isinstance(error, requests.HTTPError)
+            raise SinkUnavailable(self.name, _short(error), answered=answered) from error
 
     def _translated(self, error: MlflowException, what: str, run: Target | None) -> Exception:
         code, text = str(error.error_code), _short(error)
@@ -289,6 +371,87 @@ def mlflow_name(name: str) -> str:
         return name
     mark = "-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return (normal[: MAX_NAME - len(mark)].rstrip("/") or "_") + mark
+
+
+def _query(run: RunFacts) -> str:
+    if run.attempt_of:
+        return f"tags.`orc.attempt_of` = '{run.attempt_of}' AND tags.`orc.attempt` = '{run.attempt}'"
+    return _query_of(run.id)
+
+
+def _query_of(run: str) -> str:
+    return f"tags.`orc.run_id` = '{run}'"
+
+
+def _job_page(dashboard: str, job: str) -> str:
+    return f"{dashboard.rstrip('/')}/#/jobs/{job}" if dashboard and job else dashboard
+
+
+def _document(path: str, text: str) -> File:
+    data = text.encode("utf-8", "replace")
+    return File(path=path, mark=_digest(text), data=data)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML has a word for."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _listed(artifact: ArtifactFacts) -> dict[str, Any]:
+    return {
+        "name": artifact.name, "uri": artifact.uri, "attempt": artifact.attempt, "step": artifact.step,
+        "media_type": artifact.media_type, "size_bytes": artifact.size_bytes, "sha256": artifact.sha256,
+    }  # fmt: skip
+
+
+def _is_for_eyes(artifact: ArtifactFacts) -> bool:
+    kind = artifact.media_type or mimetypes.guess_type(artifact.name)[0] or ""
+    shown = kind.startswith(("text/", "image/")) or kind.rpartition("/")[2] in ("json", "yaml", "x-yaml", "xml")
+    return shown and bool(artifact.uri) and (artifact.size_bytes is None or artifact.size_bytes <= MAX_FILE_BYTES)
+
+
+def _dataset_key(dataset: DatasetFacts) -> str:
+    return f"{dataset.name}/{dataset.split}" if dataset.split else dataset.name
+
+
+def _inputs(datasets: Sequence[DatasetFacts]) -> list[DatasetInput]:
+    """As MLflow keeps them: one per name and digest, with all splits it is used for."""
+    splits: dict[tuple[str, str], dict[str, None]] = {}
+    first: dict[tuple[str, str], DatasetFacts] = {}
+    for dataset in datasets:
+        key = _clean(dataset.name, 500), _dataset_digest(dataset)
+        first.setdefault(key, dataset)
+        splits.setdefault(key, {}).update({dataset.split: None} if dataset.split else {})
+    return [
+        DatasetInput(
+            Dataset(
+                name=name, digest=digest, source_type=urlsplit(dataset.uri).scheme or "local",
+                source=json.dumps({"uri": dataset.uri}), profile=_profile(dataset),
+            ),
+            [InputTag("mlflow.data.context", _clean(", ".join(splits[name, digest]), 500))] if splits[name, digest]
+            else [],
+        )
+        for (name, digest), dataset in first.items()
+    ]  # fmt: skip
+
+
+def _dataset_digest(dataset: DatasetFacts) -> str:
+    """The fingerprint without the name of its method, as much as MLflow takes; without one, of what else is said."""
+    digest = dataset.fingerprint.rpartition(":")[2][:MAX_DIGEST]
+    return digest or _digest(f"{dataset.uri} {dataset.version}")
+
+
+def _profile(dataset: DatasetFacts) -> str:
+    known = {"num_rows": dataset.size, "version": dataset.version, "fingerprint": dataset.fingerprint}
+    return json.dumps({name: value for name, value in known.items() if value not in (None, "")})
 
 
 def _param_text(value: Any) -> str:

@@ -53,6 +53,32 @@ class SinkGone(OrchestratorError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFacts:
+    """A file of a run, where it lies. Example: ArtifactFacts(name="plot.png", uri="/runs/r1/artifacts/plot.png")."""
+
+    name: str
+    uri: str
+    attempt: int = 0
+    step: int | None = None
+    media_type: str = ""
+    size_bytes: int | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFacts:
+    """Data that a run says it uses."""
+
+    name: str
+    fingerprint: str = ""
+    uri: str = ""
+    version: str = ""
+    split: str = ""
+    size: int | None = None
+    """Samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
     """Everything about a run but its points, as it stands now.
 
@@ -65,6 +91,8 @@ class RunFacts:
     project: str = "default"
     parent: str = ""
     """Id of the run that this one belongs to in the sink: a sweep's for a trial, the run's own for an attempt."""
+    attempt_of: str = ""
+    """This is the copy of one attempt (`attempt`) of that run; empty: of the run itself."""
     status: RunStatus = RunStatus.running
     reason: str = ""
     error: str = ""
@@ -79,13 +107,18 @@ class RunFacts:
     notes: Sequence[str] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    artifacts: Mapping[str, str] = field(default_factory=dict)
-    """Name -> URI."""
+    artifacts: Sequence[ArtifactFacts] = ()
+    """The newest last."""
+    datasets: Sequence[DatasetFacts] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The whole resolved configuration, secrets redacted."""
     config_hash: str = ""
     directory: str = ""
     job: str = ""
+    host: str = ""
+    """Where the driver ran."""
     git: Mapping[str, Any] = field(default_factory=dict)
-    """commit, branch, dirty, remote; any may be missing."""
+    """commit, branch, is_dirty, remote; any may be missing."""
     version: int = 0
     """Grows with every change of the run; chunks of points do not count."""
 
@@ -100,6 +133,21 @@ class Target:
     """For people; empty when there is nothing to open."""
     created: bool = False
     """It was not there before: everything has to be sent from the start."""
+    takes_files: bool = False
+    """Files can be sent to the sink itself, so nobody has to write where it keeps them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A small file that the sink is to have. What is in it: `data`, or the file at `uri` inside `directory`."""
+
+    path: str
+    """In the sink, with `/` between the parts."""
+    mark: str
+    """Changes when the content does."""
+    data: bytes | None = None
+    uri: str = ""
+    directory: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -148,6 +149,13 @@ class Storage:
         entries = self._files.entries(self._at(path))
         return sorted((entry for entry in entries if not entry.name.endswith(_PARTIAL)), key=lambda entry: entry.name)
 
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Every file at any depth, with its size in bytes, by name. Links are left out, and what is still being
+        written.
+        """
+        found = ((path, size) for path, size in self._files.walk(self._root) if not path.endswith(_PARTIAL))
+        yield from sorted(found)
+
     def exists(self, path: str = "") -> bool:
         return self._files.size(self._at(path)) is not None
 
@@ -189,6 +197,7 @@ class _Files(Protocol):
     def delete(self, path: str) -> None: ...
     def delete_dir(self, path: str) -> None: ...
     def entries(self, path: str) -> list[Entry]: ...
+    def walk(self, path: str) -> Iterator[tuple[str, int]]: ...
     def size(self, path: str) -> int | None: ...
     def is_inside(self, root: str, path: str) -> bool: ...
     def missing_directories(self, path: str) -> list[str]: ...
@@ -237,6 +246,15 @@ class _LocalFiles:
                 ]
         except FileNotFoundError:
             return []
+
+    def walk(self, path: str) -> Iterator[tuple[str, int]]:
+        for directory, _, names in os.walk(path):  # does not follow links
+            for name in names:
+                whole = os.path.join(directory, name)
+                with suppress(FileNotFoundError):
+                    status = os.lstat(whole)
+                    if stat.S_ISREG(status.st_mode):
+                        yield os.path.relpath(whole, path), status.st_size
 
     def size(self, path: str) -> int | None:
         try:
@@ -288,6 +306,12 @@ class _RemoteFiles:
             Entry(name=info.base_name, is_dir=info.type == arrow_fs.FileType.Directory, size_bytes=info.size or 0)
             for info in found
         ]
+
+    def walk(self, path: str) -> Iterator[tuple[str, int]]:
+        selector = arrow_fs.FileSelector(path, recursive=True, allow_not_found=True)
+        for info in self._filesystem.get_file_info(selector):
+            if info.type == arrow_fs.FileType.File:
+                yield info.path.removeprefix(f"{path}/"), info.size or 0
 
     def size(self, path: str) -> int | None:
         info = self._filesystem.get_file_info(path)

@@ -11,8 +11,10 @@
   begins, one when it ends. A run that the sink refuses is put aside, the others go on. `step` takes at most about ten
   seconds.
 
-The canonical curve of a key is rank 0's. A key that rank 0 does not log takes the lowest rank that does, once `grace`
-seconds have passed (or the run has ended), because chunks of several ranks arrive in any order.
+The canonical curve of a key is its declared reduction over ranks (`curves.py`), else rank 0's. A key that rank 0 does
+not log takes the lowest rank that does, once `grace` seconds have passed (or the run has ended), because chunks of
+several ranks arrive in any order. Of a run with more than one attempt each attempt is a copy of its own, below the
+run's; it reads the feed from the beginning with a cursor of its own. `copies.py` decides what of it goes where.
 """
 
 from __future__ import annotations
@@ -22,18 +24,36 @@ import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
-import numpy as np
-
-from orchestrator.backends.sinks import RunFacts, Series, SinkGone, SinkRefused, SinkUnavailable, Target
+from orchestrator.backends.sinks import (
+    DatasetFacts,
+    File,
+    RunFacts,
+    Series,
+    SinkGone,
+    SinkRefused,
+    SinkUnavailable,
+    Target,
+)
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import NotFound, UserError
 from orchestrator.records import RunStatus
 from orchestrator.store.views import ChangedRuns, ChunkRow, FactChanges, FeedPosition, SinkCursor, SummaryRow
 from orchestrator.tracking.breaker import BreakerState, CircuitBreaker
-from orchestrator.tracking.decimation import Decimator
+from orchestrator.tracking.copies import (
+    Copy,
+    Rules,
+    Wishes,
+    attempt_facts,
+    drop,
+    facts_of,
+    head,
+    points_behind,
+    prefixed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +63,8 @@ FEWEST_POINTS = 50
 STUMBLES = 5
 """After so many server errors in a row a run is put aside, so that it does not keep the others waiting."""
 
-SAMPLES_OF_NONFINITE = 20
-"""So many ±inf of a key are listed in its tag; their number is always exact."""
+FILE_TRIES = 3
+"""Of a file that the sink does not take while it takes other things; then only its link stays until the run changes."""
 
 
 class Feed(Protocol):
@@ -98,7 +118,7 @@ class Sink(Protocol):
     def params(self, run: RunFacts) -> Mapping[str, str]: ...
 
     def ensure_run(self, run: RunFacts) -> Target:
-        """Find the run by its id, or create it."""
+        """Find the run by its id (an attempt by its run and number), or create it."""
         ...
 
     def set_tags(self, target: Target, tags: Mapping[str, str]) -> None: ...
@@ -106,6 +126,14 @@ class Sink(Protocol):
     def log_params(self, target: Target, params: Mapping[str, str]) -> None: ...
 
     def log_metrics(self, target: Target, series: Sequence[Series]) -> None: ...
+
+    def log_datasets(self, target: Target, datasets: Sequence[DatasetFacts]) -> None: ...
+
+    def files(self, run: RunFacts) -> Sequence[File]:
+        """Small files that a target which takes files should have."""
+        ...
+
+    def upload(self, target: Target, file: File) -> None: ...
 
     def set_status(self, target: Target, status: RunStatus, end_ms: int | None) -> None: ...
 
@@ -123,9 +151,10 @@ class MirrorConfig:
     complete: int = 10_000
     """Points per key that are copied one by one; later ones are decimated."""
     other_ranks: bool = False
-    """Also copy the other ranks' curves, as `key/rank_k`."""
+    """Also copy the other ranks' curves, as `key/rank_k`, of every run and not only of those that ask for it."""
     grace: float = 10.0
-    """How long to wait for a lower rank before a higher one becomes the canonical curve of a key."""
+    """How long to wait for a lower rank before a higher one becomes the canonical curve of a key, and for a rank that
+    is silent, or whose attempt is over, before a reduction goes on without it."""
     aside: float = 60.0
     """Pause before a run that the sink refused is tried again; doubles up to one hour."""
 
@@ -141,54 +170,20 @@ class Lag:
     """Runs with something to copy."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Copy:
-    """One run as far as it is copied. `state()` is what is stored with the cursor; the rest is learned again."""
+class Progress(Enum):
+    """What one visit to a run came to."""
 
-    target: Target
-    facts: RunFacts
-    facts_cursor: int
-    position: FeedPosition
-    decimators: dict[str, Decimator] = field(default_factory=dict)
-    """By the curve's name (the key, or `key/rank_k`)."""
-    ranks: dict[str, int] = field(default_factory=dict)
-    """Canonical rank of a key, where it is not 0."""
-    nonfinite: dict[str, list[Any]] = field(default_factory=dict)
-    """Name -> [how many ±inf, "step:inf", …]."""
-    last_ms: int = 0
-    """Time of the newest copied point."""
-    status: tuple[RunStatus, int | None] | None = None
-    """Status and end as the sink has them; None: not known in this process."""
-    sent_tags: dict[str, str] = field(default_factory=dict)
-    sent_params: dict[str, str] = field(default_factory=dict)
-    waiting: dict[str, float] = field(default_factory=dict)
-    """Key without a canonical rank -> since when we wait for a lower one."""
-    pending: deque[Series] = field(default_factory=deque)
-    """Read and chosen, not sent yet; the cursor moves to `pending_position` when it is empty."""
-    pending_position: FeedPosition | None = None
-    tags_due: dict[str, str] = field(default_factory=dict)
-    """Tags that belong to points; set before the cursor moves."""
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "target": self.target.id,
-            "curves": {name: decimator.to_json() for name, decimator in self.decimators.items()},
-            "ranks": self.ranks,
-            "nonfinite": self.nonfinite,
-            "last_ms": self.last_ms,
-        }
+    done = "done"
+    more = "more"
+    """The time was up first."""
+    waiting = "waiting"
+    """For points that may come yet, or for a time."""
 
 
 @dataclass(slots=True)
 class _Aside:
     until: float
     pause: float
-
-
-def is_declined(config: Mapping[str, Any], sink: str) -> bool:
-    """Whether a run's config says `<sink>.enabled=false`: it is not copied there."""
-    section = config.get(sink)
-    return isinstance(section, Mapping) and str(section.get("enabled", "")).lower() == "false"
 
 
 class MirrorService:
@@ -206,7 +201,10 @@ class MirrorService:
         self._clock = clock or SystemClock()
         self._breaker = CircuitBreaker()
         self._feed_breaker = CircuitBreaker(threshold=1)
-        self._copies: OrderedDict[str, _Copy] = OrderedDict()
+        self._rules = Rules(name_for=sink.name_for, complete=self._config.complete, grace=self._config.grace)
+        self._copies: OrderedDict[str, Copy] = OrderedDict()
+        self._resting: set[str] = set()  # runs that wait
+        self._no_files_until = 0.0
         self._dirty: OrderedDict[str, None] | None = None  # runs with something to copy; None: not read yet
         self._seen = 0
         self._saved: tuple[str, ...] | None = None
@@ -278,10 +276,8 @@ class MirrorService:
         return self._breaker.allows(self._clock.monotonic()) and any(self._is_ready(run, now) for run in dirty)
 
     def _is_ready(self, run: str, now: float) -> bool:
-        if (aside := self._aside.get(run)) is not None and now < aside.until:
-            return False
-        copy = self._copies.get(run)
-        return copy is None or bool(copy.pending) or not copy.waiting
+        aside = self._aside.get(run)
+        return run not in self._resting and (aside is None or now >= aside.until)
 
     def _probe(self) -> bool:
         """Ask the sink whether it lives. Only something written ends the outage: a full disk still answers."""
@@ -294,8 +290,9 @@ class MirrorService:
 
     def _copy_safely(self, run: str, now: float, deadline: float, dirty: OrderedDict[str, None]) -> bool:
         """Copy what one run has. False when the sink should be left alone for now."""
+        self._resting.discard(run)
         try:
-            drained = self._copy(run, now, deadline)
+            progress = self._copy(run, now, deadline)
         except SinkUnavailable as error:
             self._failed(error)
             dirty.move_to_end(run)  # perhaps only this run's data breaks the server: let the others have their turn
@@ -317,7 +314,7 @@ class MirrorService:
             return True
         except NotFound:  # removed from the store since it was noticed
             self._copies.pop(run, None)
-            drained = True
+            progress = Progress.done
         except UserError:
             raise
         except Exception as error:  # a defect of ours that one run triggers must not stop the copies of all others
@@ -327,10 +324,12 @@ class MirrorService:
             return True
         self._stumbles.pop(run, None)
         self._aside.pop(run, None)
-        if drained:
+        if progress is Progress.done:
             dirty.pop(run, None)
-        else:
-            dirty.move_to_end(run)
+            return True
+        dirty.move_to_end(run)
+        if progress is Progress.waiting:
+            self._resting.add(run)
         return True
 
     def _failed(self, error: Exception) -> None:
@@ -376,41 +375,94 @@ class MirrorService:
 
     def _forget(self) -> None:
         self._copies.clear()
+        self._resting.clear()
         self._dirty = None
 
     # -- one run ----------------------------------------------------------------------------------------------------
 
-    def _copy(self, run: str, now: float, deadline: float) -> bool:
-        """Copy until the run has nothing more (True) or the time is up or a lower rank is waited for (False)."""
-        if run not in self._copies and is_declined(self._feed.facts_after(run).run.config, self._sink.name):
-            return True
+    def _copy(self, run: str, now: float, deadline: float) -> Progress:
+        """Copy what a run has, then what each of its attempts has, until the time is up."""
+        if run not in self._copies and not self._wishes(self._feed.facts_after(run)).enabled:
+            return Progress.done
         copy = self._refreshed(run)
-        wanted = copy.facts.status
+        progress = self._bring_up(run, copy, now, deadline)
+        copy.children_due |= copy.seen_attempts if len(copy.attempts) > 1 else set()
+        copy.seen_attempts.clear()
+        for attempt in sorted(copy.children_due & copy.attempts.keys() - copy.children_refused):
+            if self._is_late(deadline):
+                return Progress.more
+            of_attempt = self._copy_attempt(run, copy, attempt, now, deadline)
+            if of_attempt is Progress.done:
+                copy.children_due.discard(attempt)
+            elif progress is not Progress.more:
+                progress = of_attempt
+        return progress
+
+    def _copy_attempt(self, run: str, copy: Copy, attempt: int, now: float, deadline: float) -> Progress:
+        """What the sink refuses of an attempt does not hold up the run."""
+        try:
+            if attempt not in copy.children:
+                copy.children[attempt] = self._opened_attempt(run, copy, attempt)
+            child = copy.children[attempt]
+            child.facts = attempt_facts(copy.facts, copy.attempts[attempt])
+            return self._bring_up(run, child, now, deadline)
+        except SinkGone as error:
+            if not error.deleted:
+                raise  # another database, perhaps: look for the run, too
+            copy.children.pop(attempt, None)
+            self._refuse_attempt(run, copy, attempt, error)
+        except SinkRefused as error:
+            self._refuse_attempt(run, copy, attempt, error)
+        return Progress.done
+
+    def _refuse_attempt(self, run: str, copy: Copy, attempt: int, error: Exception) -> None:
+        copy.children_refused.add(attempt)
+        self._last_error = str(error)
+        logger.warning("mirror %s leaves out attempt %d: %s", self._sink.name, attempt, error, extra={"run": run})
+
+    def _bring_up(self, run: str, copy: Copy, now: float, deadline: float) -> Progress:
+        """Facts first, then points, at last the end: a run that is over in the sink has everything there."""
+        is_over = copy.facts.status.is_terminal
         if self._is_late(deadline):
-            return False
-        if not wanted.is_terminal:
+            return Progress.more
+        if not is_over:
             self._set_status(copy)
         if not self._send_facts(copy, deadline):
-            return False
+            return Progress.more
+        copy.take_decided()  # a process before this one may have decided and not acted
         while True:
-            if not self._send_pending(run, copy, deadline):
-                return False
+            if not self._send_pending(copy, deadline):
+                return Progress.more
             chunks = self._read(run, copy)
             if not chunks:
                 break
-            if not self._choose(run, copy, chunks, now):
-                return False
-        if wanted.is_terminal:
-            self._flush(copy)
-            if not self._send_pending(run, copy, deadline):
-                return False
+            placed, decided = copy.decide(chunks, lambda: self._feed.summaries(run), now)
+            if decided:
+                self._save(copy)
+            copy.take(placed)
+            if len(placed) < len(chunks):
+                return Progress.waiting if self._send_pending(copy, deadline) else Progress.more
+        if copy.decide_on_silence(now):
+            self._save(copy)
+            copy.take_decided()
+            if not self._send_pending(copy, deadline):
+                return Progress.more
+        if copy.silence:
+            return Progress.waiting
+        if is_over:
+            copy.flush()
+            if not self._send_pending(copy, deadline):
+                return Progress.more
             self._set_status(copy)
-        return True
+        return self._send_files(copy, deadline)
 
     def _is_late(self, deadline: float) -> bool:
         return self._clock.monotonic() >= deadline
 
-    def _refreshed(self, run: str) -> _Copy:
+    def _wishes(self, changes: FactChanges) -> Wishes:
+        return Wishes.of(changes.run.config, self._sink.name, other_ranks=self._config.other_ranks)
+
+    def _refreshed(self, run: str) -> Copy:
         copy = self._copies.get(run)
         if copy is None:
             copy = self._opened(run)
@@ -418,30 +470,58 @@ class MirrorService:
             while len(self._copies) > 1000:
                 self._copies.popitem(last=False)
         else:
-            changes = self._feed.facts_after(run, copy.facts_cursor)
-            copy.facts, copy.facts_cursor = facts_of(changes, copy.facts), changes.cursor
+            self._update(copy, self._feed.facts_after(run, copy.facts_cursor))
         self._copies.move_to_end(run)
         return copy
 
-    def _opened(self, run: str) -> _Copy:
+    def _update(self, copy: Copy, changes: FactChanges) -> None:
+        copy.wishes = self._wishes(changes)
+        for child in copy.children.values():
+            child.wishes = copy.wishes
+        copy.facts = prefixed(facts_of(changes, copy.facts), copy.wishes)
+        copy.facts_cursor = changes.cursor
+        was_one = len(copy.attempts) < 2
+        copy.attempts.update({row.attempt: row for row in changes.attempts})
+        if len(copy.attempts) > 1:
+            copy.children_due |= copy.attempts.keys() if was_one else {row.attempt for row in changes.attempts}
+
+    def _opened(self, run: str) -> Copy:
         changes = self._feed.facts_after(run)
-        facts = facts_of(changes)
-        target = self._sink.ensure_run(facts)
-        cursor = self._feed.cursor(self._sink.name, run)
-        if target.created or cursor.state.get("target", target.id) != target.id:
-            cursor = SinkCursor()  # a new copy: everything goes there from the start
-        link = {"run_id": target.id, "url": target.url}
+        wishes = self._wishes(changes)
+        facts = prefixed(facts_of(changes), wishes)
+        attempts = {row.attempt: row for row in changes.attempts}
+        copy = self._placed(run, facts, attempts, None)
+        copy.wishes, copy.facts_cursor = wishes, changes.cursor
+        copy.children_due = set(attempts) if len(attempts) > 1 else set()
+        link = {"run_id": copy.target.id, "url": copy.target.url}
         if changes.run.links.get(self._sink.name) != link:
             self._feed.set_link(run, self._sink.name, link)
-        state = cursor.state
-        return _Copy(
-            target=target, facts=facts, facts_cursor=changes.cursor, position=cursor.position,
-            decimators={n: Decimator.from_json(d, self._config.complete) for n, d in state.get("curves", {}).items()},
-            ranks=dict(state.get("ranks", {})), nonfinite=dict(state.get("nonfinite", {})),
-            last_ms=state.get("last_ms", 0),
-        )  # fmt: skip
+        return copy
 
-    def _set_status(self, copy: _Copy) -> None:
+    def _opened_attempt(self, run: str, copy: Copy, attempt: int) -> Copy:
+        facts = attempt_facts(copy.facts, copy.attempts[attempt])
+        child = self._placed(f"{run}/attempt-{attempt}", facts, copy.attempts, attempt)
+        child.wishes = copy.wishes
+        return child
+
+    def _placed(self, cursor_id: str, facts: RunFacts, attempts: dict[int, Any], attempt: int | None) -> Copy:
+        """A copy at its place in the sink, as far as its cursor says."""
+        target = self._sink.ensure_run(facts)
+        cursor = self._feed.cursor(self._sink.name, cursor_id)
+        if target.created or cursor.state.get("target", target.id) != target.id:
+            cursor = SinkCursor()  # a new copy: everything goes there from the start
+        copy = Copy(
+            cursor_id=cursor_id, attempt=attempt, target=target, facts=facts, rules=self._rules, attempts=attempts
+        )
+        copy.restore(cursor.position, cursor.state)
+        return copy
+
+    def _save(self, copy: Copy, position: FeedPosition | None = None) -> None:
+        copy.position = position or copy.position
+        cursor = SinkCursor(position=copy.position, facts=copy.facts_cursor, state=copy.state())
+        self._feed.save_cursor(self._sink.name, copy.cursor_id, cursor)
+
+    def _set_status(self, copy: Copy) -> None:
         status = copy.facts.status
         wanted = (status, copy.facts.end_ms if status.is_terminal else None)
         if copy.status != wanted:
@@ -449,8 +529,8 @@ class MirrorService:
             self._succeeded()
             copy.status = wanted
 
-    def _send_facts(self, copy: _Copy, deadline: float) -> bool:
-        """Send the parameters and tags that the sink does not have yet. False when the time is up first."""
+    def _send_facts(self, copy: Copy, deadline: float) -> bool:
+        """Send the parameters, tags and datasets that the sink does not have yet. False when the time is up first."""
         params = _changes(self._sink.params(copy.facts), copy.sent_params)
         tags = _changes({**self._sink.tags(copy.facts), **copy.tags_due}, copy.sent_tags)
         for call, wanted, sent in (
@@ -464,6 +544,70 @@ class MirrorService:
                 sent.update(batch)
                 self._succeeded()
         copy.tags_due.clear()
+        return self._send_datasets(copy, deadline)
+
+    def _send_datasets(self, copy: Copy, deadline: float) -> bool:
+        fresh = [dataset for dataset in copy.facts.datasets if dataset not in copy.sent_datasets]
+        if not fresh:
+            return True
+        if self._is_late(deadline):
+            return False
+        try:
+            # All of them: those of equal content are one there, with the splits of each.
+            self._sink.log_datasets(copy.target, copy.facts.datasets)
+            self._succeeded()
+        except SinkRefused as error:
+            self._last_error = str(error)
+            logger.warning("mirror %s leaves out datasets: %s", self._sink.name, error, extra={"run": copy.facts.id})
+        copy.sent_datasets.update(fresh)
+        return True
+
+    def _send_files(self, copy: Copy, deadline: float) -> Progress:
+        """Send the files that the sink does not have, one by one. Last of all: no point or end waits for a file."""
+        if not copy.target.takes_files or copy.attempt is not None:
+            return Progress.done
+        progress, before = Progress.done, dict(copy.files)
+        for file in self._sink.files(copy.facts):
+            if file.mark in (copy.files.get(file.path), copy.failed_files.get(file.path)):
+                continue
+            if self._clock.monotonic() < self._no_files_until:
+                progress = Progress.waiting
+                break
+            if self._is_late(deadline):
+                progress = Progress.more
+                break
+            if not self._send_file(copy, file):
+                progress = Progress.waiting
+                break
+        if copy.files != before:
+            self._save(copy)
+        return progress
+
+    def _send_file(self, copy: Copy, file: File) -> bool:
+        """False when it is to be tried again after a pause: the sink takes other things, but not this now. A sink that
+        takes nothing raises SinkUnavailable.
+        """
+        try:
+            self._sink.upload(copy.target, file)
+        except SinkRefused as error:
+            why = error.why
+        except SinkUnavailable as error:
+            self._sink.ping()
+            self._no_files_until = self._clock.monotonic() + self._config.aside
+            copy.file_troubles += 1
+            if copy.file_troubles % FILE_TRIES:
+                return False
+            why = error.why
+        else:
+            self._succeeded()
+            copy.files[file.path] = file.mark
+            return True
+        copy.failed_files[file.path] = file.mark
+        self._last_error = f"{file.path}: {why}"
+        logger.info(
+            "mirror %s has no copy of %s, only a link: %s", self._sink.name, file.path, why,
+            extra={"run": copy.facts.id},
+        )  # fmt: skip
         return True
 
     def _send_texts(
@@ -483,7 +627,7 @@ class MirrorService:
 
     # -- points -----------------------------------------------------------------------------------------------------
 
-    def _read(self, run: str, copy: _Copy) -> list[ChunkRow]:
+    def _read(self, run: str, copy: Copy) -> list[ChunkRow]:
         chunks = self._feed.chunks_after(run, copy.position, limit=self._chunks_per_read)
         points = sum(len(chunk.steps) for chunk in chunks)
         if points > 50_000:
@@ -492,119 +636,23 @@ class MirrorService:
             self._chunks_per_read = min(4096, self._chunks_per_read * 2)
         return chunks
 
-    def _choose(self, run: str, copy: _Copy, chunks: Sequence[ChunkRow], now: float) -> bool:
-        """Turn chunks into pending series. False when the first chunk has to wait."""
-        first_ranks = self._first_ranks(run, copy, chunks, now)
-        taken: dict[str, list[ChunkRow]] = {}
-        position = None
-        for chunk in chunks:
-            rank = self._canonical(copy, chunk, first_ranks, now)
-            if rank is None:
-                break
-            position = chunk.position
-            if chunk.rank == rank:
-                taken.setdefault(chunk.key, []).append(chunk)
-            elif self._config.other_ranks:
-                taken.setdefault(f"{chunk.key}/rank_{chunk.rank}", []).append(chunk)
-        for name, parts in taken.items():
-            self._append(copy, name, parts)
-        copy.pending_position = position
-        return position is not None
-
-    def _first_ranks(self, run: str, copy: _Copy, chunks: Sequence[ChunkRow], now: float) -> Mapping[str, int]:
-        """The preferred one of the ranks that have points of a key, by key. Read only when a chunk needs it.
-
-        All keys that only higher ranks have begin to wait here, so that a thousand of them wait once and not in turn.
-        """
-        if all(chunk.rank == 0 or self._is_settled(copy, chunk.key) for chunk in chunks):
-            return {}
-        first: dict[str, int] = {}
-        for row in self._feed.summaries(run):
-            first[row.key] = min(first.get(row.key, row.rank), row.rank, key=_preference)
-        for key, rank in first.items():
-            if rank > 0 and not self._is_settled(copy, key):
-                copy.waiting.setdefault(key, now)
-        return first
-
-    @staticmethod
-    def _is_settled(copy: _Copy, key: str) -> bool:
-        return key in copy.ranks or key in copy.decimators
-
-    def _canonical(self, copy: _Copy, chunk: ChunkRow, first_ranks: Mapping[str, int], now: float) -> int | None:
-        """The rank whose points are the plain curve of the chunk's key; None while that is open."""
-        key = chunk.key
-        is_settled = self._is_settled(copy, key)
-        settled = copy.ranks.get(key, 0) if is_settled else chunk.rank
-        best = min(settled, chunk.rank, first_ranks.get(key, chunk.rank), key=_preference)
-        if best > 0 and not is_settled and not copy.facts.status.is_terminal:
-            # Not the age of the points: after an outage old points of one rank arrive before those of another.
-            waited = now - copy.waiting.setdefault(key, now)
-            if waited < self._config.grace:
-                return None
-        copy.waiting.pop(key, None)
-        copy.decimators.setdefault(key, Decimator(complete=self._config.complete))
-        if best != 0:
-            copy.ranks[key] = best
-        else:
-            copy.ranks.pop(key, None)
-        return best
-
-    def _append(self, copy: _Copy, name: str, chunks: Sequence[ChunkRow]) -> None:
-        steps = np.concatenate([chunk.steps for chunk in chunks]).astype(np.int64)
-        times = np.concatenate([chunk.times for chunk in chunks])
-        times_ms = np.maximum(0, np.rint(times * 1000.0)).astype(np.int64)
-        values = np.concatenate([chunk.values for chunk in chunks]).astype(np.float64)
-        copy.last_ms = max(copy.last_ms, int(times_ms.max()))
-        sent_as = self._sink.name_for(name)
-        if sent_as != name:
-            copy.tags_due[self._sink.name_for(f"orc.key.{sent_as}")] = name
-        self._note_nonfinite(copy, name, steps, values)
-        decimator = copy.decimators.setdefault(name, Decimator(complete=self._config.complete))
-        chosen = Series(name=sent_as, **_arrays(decimator.add(steps, times_ms, values)))
-        if decimator.is_decimated:
-            text = f"complete up to {decimator.complete} points, then min, max and last of each window"
-            copy.tags_due[self._sink.name_for(f"orc.decimated.{name}")] = text
-        if len(chosen):
-            copy.pending.append(chosen)
-
-    def _note_nonfinite(self, copy: _Copy, name: str, steps: np.ndarray, values: np.ndarray) -> None:
-        infinite = np.flatnonzero(np.isinf(values))
-        if not len(infinite):
-            return
-        noted = copy.nonfinite.setdefault(name, [0])
-        noted[0] += len(infinite)
-        room = max(0, SAMPLES_OF_NONFINITE - (len(noted) - 1))
-        noted += [f"{steps[i]}:{'inf' if values[i] > 0 else '-inf'}" for i in infinite[:room]]
-        more = noted[0] - (len(noted) - 1)
-        text = ",".join(noted[1:]) + (f" and {more} more" if more else "")
-        copy.tags_due[self._sink.name_for(f"orc.nonfinite.{name}")] = text
-
-    def _flush(self, copy: _Copy) -> None:
-        """Give out the open windows of a run that has ended, so that its last values are right in the sink."""
-        for name, decimator in copy.decimators.items():
-            rest = Series(name=self._sink.name_for(name), **_arrays(decimator.flush()))
-            if len(rest):
-                copy.pending.append(rest)
-                copy.pending_position = copy.position
-
-    def _send_pending(self, run: str, copy: _Copy, deadline: float) -> bool:
+    def _send_pending(self, copy: Copy, deadline: float) -> bool:
         """Send what is chosen and move the cursor. False when the time is up first."""
         while copy.pending:
             if self._is_late(deadline):
                 return False
-            part = _head(copy.pending, self._points_per_request)
+            part = head(copy.pending, self._points_per_request)
             self._send(copy, part)
-            _drop(copy.pending, sum(map(len, part)))
+            drop(copy.pending, sum(map(len, part)))
         if copy.pending_position is None:
             return True
         if copy.tags_due and not self._send_facts(copy, deadline):
             return False
-        cursor = SinkCursor(position=copy.pending_position, facts=copy.facts_cursor, state=copy.state())
-        self._feed.save_cursor(self._sink.name, run, cursor)
-        copy.position, copy.pending_position = copy.pending_position, None
+        self._save(copy, copy.pending_position)
+        copy.pending_position = None
         return not self._is_late(deadline)
 
-    def _send(self, copy: _Copy, series: Sequence[Series]) -> None:
+    def _send(self, copy: Copy, series: Sequence[Series]) -> None:
         """One request. What the sink refuses is cut in halves until the bad point is alone; it is left out and
         tagged.
         """
@@ -614,8 +662,8 @@ class MirrorService:
         except SinkRefused as error:
             if count > 1:
                 rest = deque(series)
-                self._send(copy, _head(rest, count // 2))
-                _drop(rest, count // 2)
+                self._send(copy, head(rest, count // 2))
+                drop(rest, count // 2)
                 self._send(copy, list(rest))
                 return
             name, step = series[0].name, int(series[0].steps[0])
@@ -663,26 +711,12 @@ def lag_of(feed: Feed, sink: str) -> Lag:
     dirty = dict.fromkeys((*cursor.state.get("runs", ()), *feed.changed_runs(cursor.facts).runs))
     points, seconds = 0, 0.0
     for run in list(dirty)[:200]:
-        behind, late = _lag_of_run(feed.summaries(run), feed.cursor(sink, run).state)
+        behind, late = points_behind(feed.summaries(run), feed.cursor(sink, run).state)
         points, seconds = points + behind, max(seconds, late)
     return Lag(points=points, seconds=seconds, runs=len(dirty))
 
 
 # -- pure parts -------------------------------------------------------------------------------------------------------
-
-
-def _lag_of_run(summaries: Iterable[SummaryRow], state: Mapping[str, Any]) -> tuple[int, float]:
-    """Points and seconds that one run's canonical curves are behind."""
-    curves, ranks = state.get("curves", {}), state.get("ranks", {})
-    last = state.get("last_ms", 0) / 1000.0
-    chosen: dict[str, SummaryRow] = {}
-    for row in sorted(summaries, key=lambda row: (row.rank != ranks.get(row.key, 0), _preference(row.rank))):
-        chosen.setdefault(row.key, row)
-    behind = sum(max(0, row.count - _count(curves.get(key, 0))) for key, row in chosen.items())
-    if not behind:
-        return 0, 0.0
-    newest, oldest = max(row.last_time for row in chosen.values()), min(row.first_time for row in chosen.values())
-    return behind, max(0.0, newest - (last or oldest))
 
 
 def text_batches(texts: Mapping[str, str], most: int = 100, most_bytes: int = 500_000) -> Iterator[dict[str, str]]:
@@ -700,73 +734,5 @@ def text_batches(texts: Mapping[str, str], most: int = 100, most_bytes: int = 50
         yield batch
 
 
-def facts_of(changes: FactChanges, before: RunFacts | None = None) -> RunFacts:
-    """A run's facts from all of its changes (`before` None), or from those since `before`."""
-    run = changes.run
-    source = run.config.get("train", "") if isinstance(run.config.get("train", ""), str) else ""
-    git: Mapping[str, Any] = before.git if before else {}
-    for attempt in changes.attempts:
-        found = attempt.provenance.get("git")
-        git = found if isinstance(found, Mapping) else git
-    error = ""
-    if run.error:
-        rank = run.error.get("rank")
-        error = ": ".join(str(run.error[k]) for k in ("type", "message") if run.error.get(k))
-        error = f"rank {rank}: {error}" if rank is not None else error
-    return RunFacts(
-        id=run.run, experiment=run.experiment, name=run.name, project=run.project,
-        parent=next((parent for parent, kind in run.parents.items() if kind == "parent"), ""),
-        status=run.status, reason=run.reason, error=error, attempt=run.attempt,
-        start_ms=_ms(run.created if run.started is None else run.started),
-        end_ms=None if run.ended is None else _ms(run.ended),
-        user=run.user, source=source, description=run.description,
-        notes=tuple(dict.fromkeys((*(before.notes if before else ()), *(note.text for note in changes.notes)))),
-        params={**(before.params if before else {}), **{row.name: row.value for row in changes.params}},
-        tags={**(before.tags if before else {}), **changes.tags},
-        artifacts={**(before.artifacts if before else {}), **{row.name: row.uri for row in changes.artifacts}},
-        config_hash=run.config_hash, directory=run.directory, job=run.job, git=git, version=changes.cursor,
-    )  # fmt: skip
-
-
-def _preference(rank: int) -> int:
-    """Rank 0 first, then the driver (-1) and services, then 1, 2, 3 …"""
-    return 0 if rank == 0 else 1 if rank < 0 else rank + 1
-
-
 def _changes(wanted: Mapping[str, str], sent: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if sent.get(name) != value}
-
-
-def _ms(seconds: float) -> int:
-    return max(0, round(seconds * 1000))
-
-
-def _count(raw: Any) -> int:
-    return raw if isinstance(raw, int) else raw[0]
-
-
-def _arrays(parts: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"steps": parts[0], "times_ms": parts[1], "values": parts[2]}
-
-
-def _head(pending: Iterable[Series], limit: int) -> list[Series]:
-    """The first `limit` points, key after key: few keys with many steps make the cheapest requests."""
-    return list(_heads(pending, limit))
-
-
-def _heads(pending: Iterable[Series], room: int) -> Iterator[Series]:
-    for series in pending:
-        if room <= 0:
-            return
-        part = series.part(0, room)
-        room -= len(part)
-        yield part
-
-
-def _drop(pending: deque[Series], count: int) -> None:
-    while count:
-        first = pending.popleft()
-        if len(first) > count:
-            pending.appendleft(first.part(count))
-            return
-        count -= len(first)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.backends.sinks import RunFacts, Series, SinkRefused, Target
+from orchestrator.backends.sinks import DatasetFacts, File, RunFacts, Series, SinkRefused, Target
 from orchestrator.errors import NotFound, ServiceUnavailable
 from orchestrator.records import RunStatus
 from orchestrator.store.views import (
@@ -33,6 +33,9 @@ class MemoryFeed:
     def __init__(self) -> None:
         self._runs: dict[str, dict[str, Any]] = {}
         self._chunks: dict[str, list[ChunkRow]] = {}
+        self._attempts: dict[str, dict[int, dict[str, Any]]] = {}
+        self.reductions: dict[str, str] = {}
+        """Key -> what was declared for it."""
         self._cursors: dict[tuple[str, str], SinkCursor] = {}
         self._changes = 0
         self.links: dict[str, dict[str, Any]] = {}
@@ -48,17 +51,27 @@ class MemoryFeed:
         self._runs[run] = {
             "run": run, "name": name, "experiment": experiment, "project": "default", "user": "ada",
             "status": RunStatus.running, "reason": "", "attempt": 1, "workers": 1, "job": "", "sweep": "",
-            "created": START, "started": START, "ended": None, "tags": {}, "description": "", "directory": "/runs/r",
-            "config": {"train": "digits:train"}, "config_hash": "c0ffee", "seed": 0, "model": {}, "dataset": {},
+            "created": START, "started": START, "ended": None, "tags": {}, "description": "",
+            "directory": f"/runs/{run}", "config": {"train": "digits:train"}, "config_hash": "c0ffee",
+            "seed": 0, "model": {}, "dataset": {},
             "error": None, "cancel_requested": None, "cancel_requested_by": "", "parents": {},
-            "params": {}, "notes": [], "artifacts": {}, "git": {}, **fields,
+            "params": {}, "notes": [], "artifacts": {}, "git": {}, "provenance": {}, **fields,
         }  # fmt: skip
         self._chunks[run] = []
-        self._touch(run)
+        self._attempts[run] = {}
+        self.change(run)
 
     def change(self, run: str, **fields: Any) -> None:
-        self._runs[run].update(fields)
+        """With `attempt` a further attempt begins."""
+        row = self._runs[run]
+        row.update(fields)
+        began = self._attempts[run].get(row["attempt"], {}).get("started", START + 50 * (row["attempt"] - 1))
         self._touch(run)
+        self._attempts[run][row["attempt"]] = {
+            "status": row["status"], "reason": row["reason"], "error": row["error"], "workers": row["workers"],
+            "started": began, "ended": row["ended"], "provenance": {"git": row["git"], **row["provenance"]},
+            "changed": row["changed"],
+        }  # fmt: skip
 
     def end(self, run: str, status: RunStatus = RunStatus.finished, at: float = START + 100) -> None:
         self.change(run, status=status, ended=at)
@@ -112,12 +125,17 @@ class MemoryFeed:
         if run not in self._runs:
             raise NotFound("run", run)
         row = dict(self._runs[run])
-        params, notes, artifacts, git = (row.pop(name) for name in ("params", "notes", "artifacts", "git"))
-        row.pop("changed")
+        params, notes, artifacts = (row.pop(name) for name in ("params", "notes", "artifacts"))
+        for name in ("changed", "git", "provenance"):
+            row.pop(name)
         detail = RunDetail(**row, links=self.links.get(run, {}))
-        attempt = AttemptRow(
-            run=run, attempt=1, status=detail.status, reason="", error=None, user="", job="", workers=1, config_hash="",
-            started=START, ended=None, lease_until=None, provenance={"git": git},
+        attempts = tuple(
+            AttemptRow(
+                run=run, attempt=number, user="ada", job="", config_hash="", lease_until=None,
+                **{name: value for name, value in one.items() if name != "changed"},
+            )
+            for number, one in self._attempts[run].items()
+            if one["changed"] > cursor
         )  # fmt: skip
         return FactChanges(
             run=detail,
@@ -126,7 +144,7 @@ class MemoryFeed:
             notes=tuple(NoteRow(at=START, user="ada", text=text) for text in notes),
             checkpoints=(),
             artifacts=tuple(_artifact(run, name, uri) for name, uri in artifacts.items()),
-            attempts=(attempt,),
+            attempts=attempts,
             cursor=self._changes,
         )
 
@@ -139,7 +157,9 @@ class MemoryFeed:
         groups: dict[tuple[str, int], list[ChunkRow]] = {}
         for chunk in self._chunks[run]:
             groups.setdefault((chunk.key, chunk.rank), []).append(chunk)
-        return [_summary(run, key, rank, chunks) for (key, rank), chunks in groups.items()]
+        return [
+            _summary(run, key, rank, chunks, self.reductions.get(key, "")) for (key, rank), chunks in groups.items()
+        ]
 
     def cursor(self, sink: str, run: str = "") -> SinkCursor:
         self._answer()
@@ -162,18 +182,22 @@ def _artifact(run: str, name: str, uri: str) -> ArtifactRow:
     )
 
 
-def _summary(run: str, key: str, rank: int, chunks: Sequence[ChunkRow]) -> SummaryRow:
+def _summary(run: str, key: str, rank: int, chunks: Sequence[ChunkRow], reduction: str) -> SummaryRow:
     values = np.concatenate([chunk.values for chunk in chunks])
     times = np.concatenate([chunk.times for chunk in chunks])
     return SummaryRow(
-        run=run, key=key, rank=rank, unit="", direction="", reduction="", count=len(values), nan_count=0, inf_count=0,
+        run=run, key=key, rank=rank, unit="", direction="", reduction=reduction, count=len(values),
+        nan_count=0, inf_count=0,
         first=float(values[0]), first_step=0, first_time=float(times[0]), last=float(values[-1]), last_step=0,
         last_time=float(times[-1]), last_attempt=1, minimum=None, min_step=None, maximum=None, max_step=None, mean=None,
     )  # fmt: skip
 
 
 class RecordingSink:
-    """A `Sink` that keeps points as a set of (name, time, step, value). `faults` are raised, one per request."""
+    """A `Sink` that keeps points as a set of (name, time, step, value). `faults` are raised, one per request.
+
+    Attempt 2 of run r1 is kept as `r1.2`.
+    """
 
     name = "recording"
     max_points = 1000
@@ -186,6 +210,8 @@ class RecordingSink:
         self.is_down: Exception | None = None
         self.refused_values: set[float] = set()
         self.refused_tags: set[str] = set()
+        self.takes_files = False
+        self.upload_fault: Exception | None = None
 
     def _answer(self, request: str) -> None:
         self.requests.append(request)
@@ -205,10 +231,13 @@ class RecordingSink:
 
     def ensure_run(self, run: RunFacts) -> Target:
         self._answer("ensure_run")
-        created = run.id not in self.runs
+        name = f"{run.attempt_of}.{run.attempt}" if run.attempt_of else run.id
+        created = name not in self.runs
         if created:
-            self.runs[run.id] = {"points": set(), "tags": {}, "params": {}, "status": None, "facts": run}
-        return Target(id=run.id, url=f"memory:{run.id}", created=created)
+            self.runs[name] = {
+                "points": set(), "tags": {}, "params": {}, "status": None, "facts": run, "datasets": set(), "files": {},
+            }  # fmt: skip
+        return Target(id=name, url=f"memory:{name}", created=created, takes_files=self.takes_files)
 
     def set_tags(self, target: Target, tags: Mapping[str, str]) -> None:
         self._answer("set_tags")
@@ -232,6 +261,21 @@ class RecordingSink:
             raise SinkRefused(self.name, "points", "a bad value")
         self.runs[target.id]["points"].update(points)
         self.received += len(points)
+
+    def log_datasets(self, target: Target, datasets: Sequence[DatasetFacts]) -> None:
+        self._answer("log_datasets")
+        self.runs[target.id]["datasets"].update(datasets)
+
+    def files(self, run: RunFacts) -> Sequence[File]:
+        return [
+            File(path=one.name, mark=one.uri, uri=one.uri, directory=run.directory) for one in run.artifacts
+        ]  # fmt: skip
+
+    def upload(self, target: Target, file: File) -> None:
+        self._answer("upload")
+        if self.upload_fault is not None:
+            raise self.upload_fault
+        self.runs[target.id]["files"][file.path] = file.mark
 
     def set_status(self, target: Target, status: RunStatus, end_ms: int | None) -> None:
         self._answer("set_status")

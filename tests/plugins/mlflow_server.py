@@ -19,9 +19,9 @@ class MlflowServer:
         self._directory = directory
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+            self.port = probe.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
-        self.uri = f"http://127.0.0.1:{self._port}"
+        self.uri = f"http://127.0.0.1:{self.port}"
         self.database = f"sqlite:///{directory}/mlflow.db"
 
     def start(self) -> None:
@@ -31,7 +31,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 [
                     sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
-                    "--port", str(self._port), "--backend-store-uri", self.database,
+                    "--port", str(self.port), "--backend-store-uri", self.database,
                     "--artifacts-destination", str(self._directory / "artifacts"),
                 ],
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},

@@ -6,13 +6,14 @@ import math
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestrator.backends.mlflow import MAX_NAME, MlflowSink, mlflow_name
-from orchestrator.backends.sinks import RunFacts, SinkGone, SinkUnavailable
+from orchestrator.backends.sinks import DatasetFacts, RunFacts, SinkGone, SinkUnavailable
 from orchestrator.records import RunStatus
 from orchestrator.tracking.mirror import MirrorConfig, MirrorService
 from tests.plugins.mirror_parts import START, MemoryFeed
@@ -103,38 +104,38 @@ def test_a_run_arrives_exactly(feed: MemoryFeed, sink: MlflowSink, client: Mlflo
     assert found.info.status == "FAILED"
 
 
-def test_a_server_killed_in_the_middle_misses_nothing_and_doubles_nothing(
+def test_a_server_killed_three_times_in_the_middle_misses_nothing_and_doubles_nothing(
     mlflow_server: MlflowServer, feed: MemoryFeed, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = MlflowSink(mlflow_server.uri, timeout=2)
     mirror = MirrorService(feed, sink, config=MirrorConfig(budget=0.2))
     feed.open("run-killed", experiment="outage")
-    for first in range(0, 3000, 500):
+    for kill in range(3):
+        for first in range(1000 * kill, 1000 * kill + 1000, 500):
+            for key in ("a", "b"):
+                feed.log("run-killed", key, [float(i) for i in range(first, first + 500)], first_step=first)
+        while mirror.health()["copied_points"] < 500:
+            mirror.step(time.monotonic())
+        mlflow_server.kill()
         for key in ("a", "b"):
-            feed.log("run-killed", key, [float(i) for i in range(first, first + 500)], first_step=first)
-    while mirror.health()["copied_points"] < 1500:
-        mirror.step(time.monotonic())
-    mlflow_server.kill()
-    for _ in range(6):
-        begun = time.monotonic()
-        mirror.step(begun)
-        assert time.monotonic() - begun < 10
-        time.sleep(0.3)  # real time passes while the server is dead
-    assert mirror.health()["state"] != "closed"
-    assert mirror.lag().points > 0
-    mlflow_server.start()
-    mirror = MirrorService(feed, sink)  # and the mirror died, too
-    feed.log("run-killed", "a", [-1.0], first_step=3000)
+            feed.log("run-killed", key, [-1.0], first_step=10_000 + kill)
+        while mirror.health()["state"] == "closed":
+            begun = time.monotonic()
+            mirror.step(begun)
+            assert time.monotonic() - begun < 10
+        assert mirror.lag().points > 0
+        mlflow_server.start()
+        mirror = MirrorService(feed, sink, config=MirrorConfig(budget=0.2))  # and the mirror died, too
     feed.end("run-killed")
     settle(mirror, feed)
     run = run_of(client, feed, "run-killed")
     assert [(step, value) for step, _, value in curve(client, run.info.run_id, "a")] == [
-        *((i, float(i)) for i in range(3000)), (3000, -1.0),
+        *((i, float(i)) for i in range(3000)), *((10_000 + kill, -1.0) for kill in range(3)),
     ]  # fmt: skip
-    assert [step for step, _, _ in curve(client, run.info.run_id, "b")] == list(range(3000))
+    assert [step for step, _, _ in curve(client, run.info.run_id, "b")] == [*range(3000), 10_000, 10_001, 10_002]
     assert run.info.status == "FINISHED"
     assert len(client.search_runs([experiment_id(client, "outage")])) == 1
-    assert sum("is behind from now on" in record.getMessage() for record in caplog.records) == 1
+    assert sum("is behind from now on" in record.getMessage() for record in caplog.records) == 3
 
 
 def test_a_crash_before_the_cursor_is_saved_sends_again_without_doubles(
@@ -194,6 +195,40 @@ def test_a_run_that_a_person_deleted_stays_deleted(sink: MlflowSink, client: Mlf
     with pytest.raises(SinkGone) as caught:
         sink.ensure_run(facts)
     assert caught.value.deleted
+
+
+def test_datasets_of_equal_content_are_one_input_with_both_splits(sink: MlflowSink, client: MlflowClient) -> None:
+    target = sink.ensure_run(RunFacts(id="run-data", experiment="data", name="x", start_ms=1))
+    data = [
+        DatasetFacts(name="digits", fingerprint="sha256:" + "f" * 64, split=split, uri="s3://b/digits")
+        for split in ("train", "val")
+    ]
+    data.append(DatasetFacts(name="no fingerprint", version="3"))
+    for _ in range(2):
+        sink.log_datasets(target, data)
+    inputs = {one.dataset.name: one for one in client.get_run(target.id).inputs.dataset_inputs}
+    assert set(inputs) == {"digits", "no fingerprint"}
+    assert (inputs["digits"].dataset.digest, inputs["digits"].dataset.source_type) == ("f" * 36, "s3")
+    assert [(tag.key, tag.value) for tag in inputs["digits"].tags] == [("mlflow.data.context", "train, val")]
+    assert inputs["no fingerprint"].tags == []
+
+
+def test_a_run_and_its_attempts_are_found_apart_and_link_back(
+    mlflow_server: MlflowServer, client: MlflowClient
+) -> None:
+    sink = MlflowSink(mlflow_server.uri, dashboard="http://ray:8265/")
+    facts = RunFacts(id="run-links", experiment="links", name="x", start_ms=1, job="raysubmit_1", attempt=2)
+    run = sink.ensure_run(facts)
+    attempts = [
+        sink.ensure_run(replace(facts, attempt_of="run-links", parent="run-links", attempt=number)) for number in (1, 2)
+    ]
+    assert len({run.id, *(attempt.id for attempt in attempts)}) == 3
+    assert sink.ensure_run(facts).id == run.id
+    assert sink.ensure_run(replace(facts, attempt_of="run-links", attempt=2)).id == attempts[1].id
+    sink.set_tags(run, sink.tags(facts))
+    tags = client.get_run(run.id).data.tags
+    assert (tags["orc.job"], tags["orc.dashboard"]) == ("raysubmit_1", "http://ray:8265/#/jobs/raysubmit_1")
+    assert client.get_run(attempts[0].id).data.tags["mlflow.parentRunId"] == run.id
 
 
 def test_a_trial_is_shown_below_its_sweep(sink: MlflowSink, client: MlflowClient) -> None:
