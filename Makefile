@@ -2,6 +2,7 @@
 # make test        every test tier that needs nothing but Python; ends with pytest's summary     (TESTS=tests/unit for one tier)
 # make check       format, lint, layers, types           make format       mends format and import order
 # make chaos       all fault tests, with root and strace make ui-test      the web pages of a stack in a headless Chromium
+# make bench-ls    how long `orc ls` takes over 10,000 runs, beside the interpreter's own start; build/bench/ls.json
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
 
 VENV ?= .venv
@@ -12,7 +13,7 @@ TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
 PYTEST = $(RUN) pytest -p tests.plugins.tiers
 CODE = orchestrator actors jobs cluster tests tools setup.py
 
-.PHONY: demo test check format chaos ui-test venv
+.PHONY: demo test check format chaos ui-test bench-ls venv
 
 demo:
 	@tools/venv demo
@@ -35,8 +36,11 @@ format: venv
 	@$(RUN) ruff check --fix $(CODE)
 
 chaos: venv
-	@tools/needs root strace
+	@tools/needs root strace unshare
 	@$(PYTEST) -m "" tests/chaos $(ARGS)
+
+bench-ls: venv
+	@"$(VENV)/bin/python" tools/bench/ls.py
 
 ui-test: venv
 	@tools/needs chromium

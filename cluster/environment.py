@@ -69,6 +69,12 @@ def of_mlflow_server(home: Path | str, store: str) -> dict[str, str]:
     return kept | MLFLOW_SERVER | {"MLFLOW_BACKEND_STORE_URI": store, PART_VARIABLE: mark(home, "mlflow")}
 
 
+def of_api_server(home: Path | str) -> dict[str, str]:
+    """For `python -m orchestrator.api`, which reads stack.json for the rest."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_", "ORC_"))}
+    return kept | {"PYTHONUNBUFFERED": "1", PART_VARIABLE: mark(home, "api")}
+
+
 def of_client(stack: Stack) -> dict[str, str]:
     """For a subprocess that uses the stack."""
     return _without(os.environ, [PART_VARIABLE]) | stack.client_environment()

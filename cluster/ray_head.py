@@ -131,7 +131,8 @@ def services(dashboard: str, token_path: str) -> dict[str, str]:
     answer = web.get(f"{dashboard}/api/v0/actors?limit=10000&detail=false", token=token(token_path), timeout=10)
     body = answer.json()
     rows = (((body.get("data") or {}).get("result") or {}).get("result") or []) if isinstance(body, dict) else []
-    ours = [row for row in rows if row.get("ray_namespace") == "orc" and row.get("name")]
+    named = [row for row in rows if row.get("ray_namespace") == "orc" and row.get("name")]
+    ours = [row for row in named if "/" not in row["name"]]  # those with one belong to runs
     states: dict[str, str] = {}
     for row in ours:  # a name can be used again after a death; then the living one counts
         if states.get(row["name"]) != "ALIVE":

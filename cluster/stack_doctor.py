@@ -48,7 +48,7 @@ def examine(home: Path) -> list[Finding]:
         stack = Stack.find(home)
     except ServiceUnavailable as error:
         first.append(Finding(check="stack.json", is_ok=False, says=error.why, mend=error.hint))
-    checks: list[Check] = [_home, _disk, _memory, _torch, _postgres, _clock, _mlflow, _ray, _redis]
+    checks: list[Check] = [_home, _disk, _memory, _torch, _postgres, _clock, _mlflow, _api, _ray, _redis]
     with ThreadPoolExecutor(max_workers=4) as pool:
         return first + [
             finding for found in pool.map(lambda check: _examined(check, home, stack), checks) for finding in found
@@ -193,13 +193,26 @@ def _ray(home: Path, stack: Stack | None) -> Iterator[Finding]:
         yield _of_part(
             "Ray" if part.name == "ray" else part.name, part, f"{_orc('up', home)}   # its log: {home}/logs/ray.log"
         )
-    token = Path(stack.ray_token_path) if stack.ray_token_path else None
-    if token:
-        mode = stat.S_IMODE(token.stat().st_mode) if token.exists() else 0
-        is_ok = mode == 0o600
-        says = f"{token} has mode {mode:04o}" if mode else f"{token} is missing"
-        mend = f"chmod 600 {shlex.quote(str(token))}" if mode else f"{_orc('down', home)} && {_orc('up', home)}"
-        yield Finding(check="Ray's token", is_ok=is_ok, says=says, mend="" if is_ok else mend)
+    if stack.ray_token_path:
+        yield _token("Ray's token", Path(stack.ray_token_path), f"{_orc('down', home)} && {_orc('up', home)}")
+
+
+def _api(home: Path, stack: Stack | None) -> Iterator[Finding]:
+    if not stack:
+        return
+    for part in stack_status.api(stack):
+        yield _of_part("API", part, f"{_orc('up', home)}   # its log: {home}/logs/api.log")
+    if stack.api_token_path:
+        yield _token("the API's token", Path(stack.api_token_path), _orc("up", home))
+
+
+def _token(check: str, token: Path, renew: str) -> Finding:
+    """A token's file is there, and for its owner only."""
+    mode = stat.S_IMODE(token.stat().st_mode) if token.exists() else 0
+    is_ok = mode == 0o600
+    says = f"{token} has mode {mode:04o}" if mode else f"{token} is missing"
+    mend = f"chmod 600 {shlex.quote(str(token))}" if mode else renew
+    return Finding(check=check, is_ok=is_ok, says=says, mend="" if is_ok else mend)
 
 
 def _redis(home: Path, stack: Stack | None) -> Iterator[Finding]:

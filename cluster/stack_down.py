@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from cluster import mlflow_server, processes, ray_head
+from cluster import api_server, mlflow_server, processes, ray_head
 from cluster.postgres import EmbeddedPostgres
 from cluster.progress import Progress
 from cluster.stack_up import locked
 from orchestrator.stack import Stack
+from orchestrator.tracking.local.client import stop_local_tracker
 
 
 def down(home: Path, progress: Progress) -> list[str]:
@@ -20,13 +21,11 @@ def down(home: Path, progress: Progress) -> list[str]:
         return []
     stopped: list[str] = []
     with locked(home, progress):
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            ran = [
-                pool.submit(_stop, name, stop, home, progress)
-                for name, stop in (("Ray", ray_head.stop), ("MLflow", _mlflow))
-            ]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            parts = (("Ray", ray_head.stop), ("MLflow", _mlflow), ("API", _api), ("tracker", stop_local_tracker))
+            ran = [pool.submit(_stop, name, stop, home, progress) for name, stop in parts]
             stopped += [name for name in (future.result() for future in ran) if name]
-        # Last, because both write into it to the end.
+        # Last, because they write into it to the end.
         stopped += filter(None, [_stop("PostgreSQL", _postgres, home, progress)])
         stack = Stack.find(home)
         if stack:
@@ -45,6 +44,12 @@ def _stop(name: str, stop: Callable[[Path], bool], home: Path, progress: Progres
 
 def _mlflow(home: Path) -> bool:
     found = mlflow_server.leftovers(home)
+    processes.stop(found, grace=5)
+    return bool(found)
+
+
+def _api(home: Path) -> bool:
+    found = api_server.leftovers(home)
     processes.stop(found, grace=5)
     return bool(found)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import ports, ray_head, web
+from cluster import api_server, ports, ray_head, web
 from orchestrator.backends import postgres
 from orchestrator.config import redact_url
 from orchestrator.errors import SchemaMismatch, ServiceUnavailable
@@ -33,7 +33,7 @@ class Part:
 
 def parts(stack: Stack) -> list[Part]:
     """All parts, asked at the same time."""
-    asked: list[Callable[[Stack], list[Part]]] = [database, mlflow, ray]
+    asked: list[Callable[[Stack], list[Part]]] = [database, mlflow, api, ray]
     with ThreadPoolExecutor(max_workers=len(asked)) as pool:
         return [part for answer in pool.map(lambda ask: ask(stack), asked) for part in answer]
 
@@ -136,6 +136,19 @@ def _sqlite(uri: str, shown: str) -> Part:
     return Part(
         name="mlflow", status="up", version=f"schema {row[0]}" if row else "", address=shown, latency_ms=latency_ms
     )
+
+
+def api(stack: Stack) -> list[Part]:
+    url = stack.api_url
+    if not url:
+        return [Part(name="api", status="off", why="Switched off.")]
+    told = api_server.ask(url, stack.api_token_path)
+    if not told.ok:
+        why = {0: f"No answer: {told.body}.", 401: f"It refuses the token in {stack.api_token_path}. Run `orc up`."}
+        said = why.get(told.status, f"HTTP {told.status}.")
+        return [Part(name="api", status="down", address=url, why=said)]
+    version = str(told.json().get("version", ""))
+    return [Part(name="api", status="up", version=version, address=url, latency_ms=round(told.latency_ms, 2))]
 
 
 def ray(stack: Stack) -> list[Part]:

@@ -1,8 +1,8 @@
 """`up`: brings up what is not there yet.
 
-Order: PostgreSQL, then its schema and beside it the MLflow server; meanwhile the Ray head; at last the services on it.
-Each part that came up is written to stack.json at once, so `up` may be killed at any point: the next one finds what
-lives by that file, or by the mark in its environment, and does the rest.
+Order: PostgreSQL, then its schema and beside it the MLflow and the API server; meanwhile the Ray head; at last the
+services on it. Each part that came up is written to stack.json at once, so `up` may be killed at any point: the next
+one finds what lives by that file, or by the mark in its environment, and does the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from cluster import environment, mlflow_server, ports, processes, ray_head, web
+from cluster import api_server, environment, mlflow_server, ports, processes, ray_head, web
 from cluster.postgres import EmbeddedPostgres
 from cluster.progress import Progress
 from orchestrator import application
@@ -82,7 +82,7 @@ def up(home: Path, settings: StackSettings, progress: Progress) -> Stack:
         pieces.remember("storage.url", wanted.storage.url)
         pieces.put(storage_url=wanted.storage.url or str(home / "runs"))
         pieces.remember("tracking.spool_dir", wanted.tracking.spool_dir)
-        pieces.put(spool_directory=wanted.tracking.spool_dir or str(home / "spools"))
+        pieces.put(spool_directory=wanted.tracking.spool_dir or str(home / "spools"), debug=wanted.tracking.debug)
         with ThreadPoolExecutor(max_workers=2) as pool:
             ray = pool.submit(_ray, pieces, wanted, progress)
             data = pool.submit(_database_and_mlflow, pieces, wanted, progress)
@@ -106,6 +106,7 @@ def remembered(settings: StackSettings, before: Stack | None) -> StackSettings:
     for section, name, key in (
         (wanted.database, "url", "database.url"), (wanted.mlflow, "tracking_uri", "mlflow.tracking_uri"),
         (wanted.ray, "address", "ray.address"), (wanted.storage, "url", "storage.url"),
+        (wanted.api, "host", "api.host"),
         (wanted.tracking, "spool_dir", "tracking.spool_dir"),
     ):  # fmt: skip
         if not getattr(section, name):
@@ -125,6 +126,7 @@ def check_before_start(home: Path, wanted: StackSettings, before: Stack | None) 
             raise ConfigError(f"{name}.enabled", "true", f"{name} is not installed here.", f"pip install {name}")
     for key, port in (
         ("mlflow.port", wanted.mlflow.port if _starts_mlflow(wanted) else 0),
+        ("api.port", wanted.api.port if wanted.api.enabled != "false" else 0),
         ("ray.port", wanted.ray.port if _starts_ray(wanted) else 0),
         ("ray.dashboard_port", wanted.ray.dashboard_port if _starts_ray(wanted) else 0),
     ):
@@ -161,9 +163,10 @@ def refuse_changes(home: Path, wanted: StackSettings, before: Stack | None) -> N
     if before is None:
         return
     advice = "Run `orc down` first, then `orc up` with this."
-    mlflow, ray = (before.processes.get(name, {}) for name in ("mlflow", "ray"))
+    mlflow, api, ray = (before.processes.get(name, {}) for name in ("mlflow", "api", "ray"))
     ray_runs = bool(ray) and processes.recorded(ray) is not None
     mlflow_runs = bool(mlflow) and processes.recorded(mlflow) is not None
+    api_runs = bool(api) and processes.recorded(api) is not None
     database_runs = before.processes.get("postgres") and processes.recorded(before.processes["postgres"]) is not None
     if database_runs and wanted.database.url:
         raise ConfigError(
@@ -178,6 +181,8 @@ def refuse_changes(home: Path, wanted: StackSettings, before: Stack | None) -> N
         raise ConfigError("ray.address", wanted.ray.address, "this stack runs its own Ray head.", advice)
     for key, port, entry, name, runs in (
         ("mlflow.port", wanted.mlflow.port, mlflow, "port", mlflow_runs),
+        ("api.port", wanted.api.port, api, "port", api_runs),
+        ("api.host", wanted.api.host, api, "host", api_runs),
         ("ray.port", wanted.ray.port, ray, "port", ray_runs),
         ("ray.dashboard_port", wanted.ray.dashboard_port, ray, "dashboard_port", ray_runs),
         ("ray.num_cpus", wanted.ray.num_cpus, ray, "num_cpus", ray_runs),
@@ -190,7 +195,9 @@ def _own_ports(home: Path, before: Stack | None) -> set[int]:
     """Ports that this stack's own processes hold, recorded or left by an `up` that was killed."""
     entries = [entry for entry in (before.processes.values() if before else ()) if processes.recorded(entry)]
     known = {int(entry[name]) for entry in entries for name in ("port", "dashboard_port") if entry.get(name)}
-    left = {process.pid for process in [*mlflow_server.leftovers(home), *ray_head.parts(home)]}
+    left = {
+        process.pid for process in [*mlflow_server.leftovers(home), *api_server.leftovers(home), *ray_head.parts(home)]
+    }
     return known | ports.of(left)
 
 
@@ -261,8 +268,12 @@ def _database_and_mlflow(pieces: Pieces, wanted: StackSettings, progress: Progre
             )
     pieces.remember("database.url", wanted.database.url)
     pieces.put(database_url=url)
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        parts = [pool.submit(_schema, url, progress), pool.submit(_mlflow, pieces, wanted, url, progress)]
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        parts = [
+            pool.submit(_schema, url, progress),
+            pool.submit(_mlflow, pieces, wanted, url, progress),
+            pool.submit(_api, pieces, wanted, url, progress),
+        ]
         errors = [error for part in parts if (error := part.exception())]
     if errors:
         raise errors[0]
@@ -315,6 +326,35 @@ def _mlflow(pieces: Pieces, wanted: StackSettings, database_url: str, progress: 
         pieces.put_process("mlflow", processes.record(process, port=port, store=fingerprint))
         pieces.put(mlflow_uri=mlflow_server.uri(port), mlflow_artifacts=str(home / "mlflow" / "artifacts"))
         step.result = f"at {mlflow_server.uri(port)}"
+
+
+def _api(pieces: Pieces, wanted: StackSettings, database_url: str, progress: Progress) -> None:
+    home = Path(pieces.stack.home)
+    host = wanted.api.host or ports.LOOPBACK
+    pieces.remember("api.host", wanted.api.host)
+    if wanted.api.enabled == "false":
+        processes.stop(api_server.leftovers(home), grace=5)
+        pieces.put_process("api", None)
+        pieces.put(api_url="", api_token_path="")
+        return
+    with progress.step("API") as step:
+        entry = pieces.stack.processes.get("api", {})
+        token = api_server.ensure_token(home)
+        told = api_server.settings(database_url, host, pieces.stack.debug)
+        if processes.recorded(entry) and entry.get("settings") == told and api_server.is_healthy(pieces.stack.api_url):
+            step.result = f"at {pieces.stack.api_url}"
+            return
+        processes.stop(api_server.leftovers(home), grace=5)
+        prefer = int(entry.get("port") or api_server.PREFERRED_PORT)
+
+        def start() -> tuple[int, Any]:
+            port = ports.choose("api.port", wanted.api.port, prefer, set(ray_ports(pieces.stack)))
+            return port, api_server.start(home, host, port)
+
+        port, process = _again_if_a_port_was_lost(start, chosen=not wanted.api.port)
+        pieces.put_process("api", processes.record(process, host=host, port=port, settings=told))
+        pieces.put(api_url=api_server.uri(host, port), api_token_path=str(token))
+        step.result = f"at {pieces.stack.api_url}"
 
 
 def ray_ports(stack: Stack) -> list[int]:
@@ -437,7 +477,7 @@ def _again_if_a_port_was_lost(start: Callable[[], Started], *, chosen: bool) -> 
 def _services(pieces: Pieces, progress: Progress) -> None:
     """Our actors, see actors/bootstrap.py. Skipped when they live and were started with the same settings."""
     stack = pieces.stack
-    told = json.dumps([stack.database_url, stack.mlflow_uri, stack.ray_address])
+    told = json.dumps([stack.database_url, stack.mlflow_uri, stack.ray_address, stack.debug])
     fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
     with progress.step("services") as step:
         entry = stack.services

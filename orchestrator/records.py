@@ -1,4 +1,5 @@
-"""Values that cross a process border. They import nothing of ours, are frozen, and show themselves.
+"""Values that cross a process border. They are frozen, show themselves, and import nothing of ours but
+status.py.
 
 A *point* is 32 bytes (`POINT`), the same in the spool, on the wire and in the tracker's log. A *fact* is anything else
 a producer says about its run (a parameter, a tag, an event, a checkpoint, an end); facts are JSON. Both are numbered
@@ -18,6 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.status import TERMINAL as TERMINAL
+from orchestrator.status import TRANSITIONS as TRANSITIONS
+from orchestrator.status import RunStatus as RunStatus
+
 PROTOCOL = 1
 """Version of every message and file format below. A reader refuses what it does not know."""
 
@@ -26,46 +31,6 @@ POINT = np.dtype([("key", "<u4"), ("flags", "<u4"), ("step", "<i8"), ("time", "<
 """
 
 MAX_KEY_BYTES = 512
-
-
-class RunStatus(StrEnum):
-    """Where a run (or an attempt) stands. Legal moves are in `TRANSITIONS` and enforced by the database."""
-
-    created = "CREATED"
-    queued = "QUEUED"
-    running = "RUNNING"
-    paused = "PAUSED"
-    finished = "FINISHED"
-    failed = "FAILED"
-    crashed = "CRASHED"
-    cancelled = "CANCELLED"
-
-    @property
-    def is_terminal(self) -> bool:
-        return self in TERMINAL
-
-
-TERMINAL = frozenset({RunStatus.finished, RunStatus.failed, RunStatus.crashed, RunStatus.cancelled})
-
-TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
-    RunStatus.created: frozenset(
-        {RunStatus.queued, RunStatus.running, RunStatus.failed, RunStatus.crashed, RunStatus.cancelled}
-    ),
-    RunStatus.queued: frozenset({RunStatus.running, RunStatus.failed, RunStatus.crashed, RunStatus.cancelled}),
-    RunStatus.running: frozenset({RunStatus.paused, RunStatus.queued} | TERMINAL),
-    RunStatus.paused: frozenset(
-        {RunStatus.running, RunStatus.queued, RunStatus.failed, RunStatus.crashed, RunStatus.cancelled}
-    ),
-    RunStatus.finished: frozenset({RunStatus.running, RunStatus.queued}),
-    RunStatus.failed: frozenset({RunStatus.running, RunStatus.queued}),
-    RunStatus.crashed: frozenset(
-        {RunStatus.running, RunStatus.queued, RunStatus.finished, RunStatus.failed, RunStatus.cancelled}
-    ),
-    RunStatus.cancelled: frozenset({RunStatus.running, RunStatus.queued}),
-}
-"""A resumed run goes from an end back to RUNNING (as a new attempt). CRASHED is a verdict from silence: if the
-producer was alive after all and says how it ended, its word counts.
-"""
 
 
 class Stream(IntEnum):
@@ -231,6 +196,9 @@ class RunSpec:
     user: str = ""
     run: str = ""
     """An existing run's id: this is its next attempt. Empty: a new run, unless `resume` finds one."""
+    new_run: str = ""
+    """The id that a new run shall have: who submits a job knows it before the job starts. Where a run has it already
+    and did not finish, this is its next attempt."""
     after_attempt: int = 0
     """The attempt of `run` that is known to be over; 0: the run must have ended."""
     resume: bool = False

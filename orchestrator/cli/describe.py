@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.catalog.headline import main_key
 from orchestrator.cli import text
-from orchestrator.cli.progress import chosen_metrics
 from orchestrator.failures.explain import five_lines
-from orchestrator.records import RunStatus
+from orchestrator.provenance.summary import code_line, fingerprint_line
+from orchestrator.status import RunStatus
 
 if TYPE_CHECKING:
     from orchestrator.cli.output import Output
@@ -34,18 +35,8 @@ EVENTS_SHOWN = 10
 def main_metric(summaries: Iterable[SummaryRow]) -> SummaryRow | None:
     """The one metric that tells how a run went: one with a declared direction if any, validation before training."""
     by_key = {row.key: row for row in lowest_ranks(summaries)}
-    declared = {key: row for key, row in by_key.items() if row.direction}
-    candidates = declared or by_key
-    keys = chosen_metrics(dict.fromkeys(candidates, 0.0), most=1)
-    return candidates[keys[0][0]] if keys else None
-
-
-def main_metrics(summaries: Iterable[SummaryRow]) -> dict[str, SummaryRow | None]:
-    """The main metric of each run."""
-    of_run: dict[str, list[SummaryRow]] = {}
-    for row in summaries:
-        of_run.setdefault(row.run, []).append(row)
-    return {run: main_metric(rows) for run, rows in of_run.items()}
+    key = main_key({key: row.direction for key, row in by_key.items()})
+    return None if key is None else by_key[key]
 
 
 def lowest_ranks(summaries: Iterable[SummaryRow]) -> list[SummaryRow]:
@@ -125,6 +116,7 @@ class Story:
 
     def render(self, output: Output, now: float) -> None:
         run = self.run
+        provenance = self.attempts[-1].provenance if self.attempts else {}
         output.line(f"{run.name}  {run.status}", style="bold")
         output.fields(
             [
@@ -141,6 +133,8 @@ class Story:
                 ("about", run.description),
                 ("tags", "  ".join(f"{name}={value}" for name, value in sorted(run.tags.items()))),
                 ("config", run.config_hash[:12]),
+                ("code", code_line(provenance)),
+                ("fingerprint", fingerprint_line(provenance)),
             ]
         )
         if run.error and (run.status is not RunStatus.finished):

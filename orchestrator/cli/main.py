@@ -8,7 +8,6 @@ import importlib
 import os
 import select
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 from orchestrator.cli import parser
@@ -67,6 +66,8 @@ def _reader_left() -> bool:
 def _report(output: Output, error: Exception, code: int, debug: bool) -> int:
     """One message on stderr; with --json also the document {"error": …}, so that stdout always holds one."""
     if debug:
+        import traceback  # takes as long to load as all of ours
+
         traceback.print_exception(error, file=output.stderr)
     kind = type(error).__name__
     if code == USER_ERROR:

@@ -7,11 +7,12 @@ Everything else (messages, errors) goes to stderr, so that `orc … --json | jq`
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.cli import text
+from orchestrator.cli import terminal, text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,10 @@ STATUS_STYLES = {
     "up": "green",
     "down": "red",
 }
+
+
+MOST_INDENTED = 100
+"""Items of a list; more would be scrolled past anyway."""
 
 
 class Output:
@@ -48,7 +53,7 @@ class Output:
         """Print `document` as JSON, or else what `render` prints."""
         self.has_result = True
         if self.as_json:
-            json.dump(text.jsonable(document), self.stdout, indent=2, allow_nan=False, ensure_ascii=False)
+            self.stdout.writelines(_json_pieces(text.jsonable(document)))
             self.stdout.write("\n")
         else:
             render()
@@ -56,10 +61,12 @@ class Output:
 
     def line(self, content: str = "", style: str = "") -> None:
         """One line of a result."""
-        if self.is_rich and style:
-            self.console().print(content, style=style, markup=False, highlight=False, soft_wrap=True)
-        else:
+        if not (self.is_rich and style):
             self.stdout.write(content + "\n")
+        elif (shown := terminal.styled(content, style, os.environ)) is not None:
+            self.stdout.write(shown + "\n")
+        else:
+            self.console().print(content, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def fields(self, pairs: Iterable[tuple[str, str]], indent: str = "") -> None:
         """Names and values, one a line, values aligned; pairs with an empty value are left out."""
@@ -88,20 +95,31 @@ class Output:
             for line in text.aligned(header, rows, right=right):
                 self.line(indent + line)
             return
+        width = terminal.width(self.stdout, os.environ)
+        shown = _fitting(header, rows, optional, width)
+        flush_right = set(right)
+        cells = [
+            [
+                (row[column], STATUS_STYLES.get(row[column], "") if header[column] == "status" else "")
+                for column in shown
+            ]
+            for row in rows
+        ]
+        names, at_right = [header[column] for column in shown], {shown.index(c) for c in flush_right & set(shown)}
+        lines = terminal.table(names, cells, at_right, width, os.environ, is_indented=bool(title))
+        if lines is not None:
+            self.stdout.writelines(f"{line}\n" for line in lines)
+            return
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        console = self.console()
-        shown = _fitting(header, rows, optional, console.width)
-        flush_right = set(right)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=bool(title))
         for column in shown:
             table.add_column(header[column], justify="right" if column in flush_right else "left", overflow="fold")
-        for row in rows:
-            styles = (STATUS_STYLES.get(row[column], "") if header[column] == "status" else "" for column in shown)
-            table.add_row(*(Text(row[column], style=style) for column, style in zip(shown, styles, strict=True)))
-        console.print(table)
+        for row_of_cells in cells:
+            table.add_row(*(Text(content, style=style) for content, style in row_of_cells))
+        self.console().print(table)
 
     def message(self, content: str) -> None:
         """Something worth knowing that is no part of the result."""
@@ -112,6 +130,17 @@ class Output:
         from rich.console import Console
 
         return Console(file=self.stdout)
+
+
+def _json_pieces(document: Any) -> Iterator[str]:
+    """The document indented; a long list has one line for each item, which is much faster to write and to read."""
+    if not isinstance(document, list) or len(document) <= MOST_INDENTED:
+        yield json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+        return
+    one_line = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+    for place, item in enumerate(document):
+        yield (",\n  " if place else "[\n  ") + one_line.encode(item)
+    yield "\n]"
 
 
 def _fitting(header: Sequence[str], rows: Sequence[Sequence[str]], optional: Iterable[str], width: int) -> list[int]:

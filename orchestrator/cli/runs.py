@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import getpass
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.catalog import DatabaseCatalog, open_catalog, open_store
+from orchestrator.catalog import open_store
 from orchestrator.cli import describe, text
+from orchestrator.cli.access import asked_catalog, ray_dashboard
 from orchestrator.cli.output import Output
 from orchestrator.cli.parser import UsageError
 from orchestrator.errors import ServiceUnavailable, UserError
-from orchestrator.records import RunStatus
 from orchestrator.stack import Stack
-from orchestrator.store.views import Points, RunDetail, RunRow, SummaryRow
+from orchestrator.status import RunStatus
+
+if TYPE_CHECKING:
+    from orchestrator.store.views import Points, RunDetail, RunRow, SummaryRow
 
 NO_LIMIT = 1_000_000
 MOST_WITH_METRIC = 200
@@ -25,7 +26,7 @@ MOST_WITH_METRIC = 200
 
 def ls(arguments: argparse.Namespace, output: Output) -> int:
     status, tags = _status(arguments.status), _tags(arguments.tag)
-    with open_catalog(arguments.home) as catalog:
+    with asked_catalog(arguments) as catalog:
         rows = catalog.runs(
             experiment=arguments.experiment,
             status=status,
@@ -33,7 +34,7 @@ def ls(arguments: argparse.Namespace, output: Output) -> int:
             search=arguments.search,
             limit=NO_LIMIT if arguments.all else arguments.limit,
         )
-        metrics = describe.main_metrics(catalog.summaries(*(row.run for row in rows[:MOST_WITH_METRIC])))
+        metrics = catalog.main_metrics(*(row.run for row in rows[:MOST_WITH_METRIC]))
     now = time.time()
 
     def render() -> None:
@@ -50,8 +51,7 @@ def ls(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def show(arguments: argparse.Namespace, output: Output) -> int:
-    stack = Stack.load(arguments.home)
-    with open_catalog(arguments.home) as catalog:
+    with asked_catalog(arguments) as catalog:
         run = catalog.run(arguments.run)
         story = describe.Story(
             run=run,
@@ -62,7 +62,7 @@ def show(arguments: argparse.Namespace, output: Output) -> int:
             artifacts=catalog.artifacts(run.run),
             notes=catalog.notes(run.run),
             events=catalog.events(run.run, newest=describe.EVENTS_SHOWN),
-            links=describe.links(run, ray_dashboard=stack.ray_dashboard),
+            links=describe.links(run, ray_dashboard=ray_dashboard(arguments)),
         )
     now = time.time()
     output.result(story.document(now), lambda: story.render(output, now))
@@ -70,7 +70,7 @@ def show(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def experiments(arguments: argparse.Namespace, output: Output) -> int:
-    with open_catalog(arguments.home) as catalog:
+    with asked_catalog(arguments) as catalog:
         rows = catalog.experiments()
     now = time.time()
 
@@ -97,7 +97,7 @@ def experiments(arguments: argparse.Namespace, output: Output) -> int:
 def metrics(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.csv and arguments.json:
         raise UsageError("--csv and --json are two forms of the same answer: choose one.")
-    with open_catalog(arguments.home) as catalog:
+    with asked_catalog(arguments) as catalog:
         run = catalog.run(arguments.run)
         summaries = catalog.summaries(run.run)
         if not arguments.keys:
@@ -114,6 +114,8 @@ def metrics(arguments: argparse.Namespace, output: Output) -> int:
 
 def cancel(arguments: argparse.Namespace, output: Output) -> int:
     """Ask the tracker, which tells the processes at once; without one, leave the wish in the database."""
+    from orchestrator.catalog.database import DatabaseCatalog
+
     with open_store(arguments.home) as store:
         run = DatabaseCatalog(store).run(arguments.run)
         if run.status.is_terminal:
@@ -135,6 +137,8 @@ def cancel(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _user() -> str:
+    import getpass
+
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user often has no name
@@ -143,6 +147,12 @@ def _user() -> str:
 
 def _ask_tracker(stack: Stack, run: str, user: str) -> None:
     """Raises ServiceUnavailable, ConnectionError or TimeoutError when nobody is there to ask."""
+    from orchestrator.tracking.local.client import LocalTracker, is_running
+    from orchestrator.tracking.local.places import places
+
+    if is_running(places(stack)):
+        LocalTracker(stack).cancel(run, user)  # one on Ray reads it in the database a moment later
+        return
     from orchestrator.execution import connection  # takes seconds to import, which no other verb here should pay
 
     connection.connect(stack).cancel(run, user)
@@ -178,7 +188,7 @@ def _print_summaries(output: Output, run: RunRow, rows: list[SummaryRow], *, as_
     def render() -> None:
         if as_csv:
             documents = [describe.summary_document(row) for row in rows]
-            writer = csv.writer(output.stdout, lineterminator="\n")
+            writer = _csv_writer(output)
             writer.writerow(CSV_SUMMARY)
             writer.writerows([document[column] for column in CSV_SUMMARY] for document in documents)
         elif not rows:
@@ -189,6 +199,12 @@ def _print_summaries(output: Output, run: RunRow, rows: list[SummaryRow], *, as_
     output.result(
         {"run": run.run, "name": run.name, "metrics": [describe.summary_document(row) for row in rows]}, render
     )
+
+
+def _csv_writer(output: Output) -> Any:
+    import csv
+
+    return csv.writer(output.stdout, lineterminator="\n")
 
 
 CSV_SUMMARY = (
@@ -218,7 +234,7 @@ def _print_points(output: Output, run: RunRow, points: dict[str, Points], *, as_
 
     def render() -> None:
         if as_csv:
-            writer = csv.writer(output.stdout, lineterminator="\n")
+            writer = _csv_writer(output)
             writer.writerow(POINT_COLUMNS)
             writer.writerows(rows())
             return

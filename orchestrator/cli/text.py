@@ -91,6 +91,13 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 def jsonable(value: Any) -> Any:
     """`value` in the types of JSON; NaN and ±inf, which JSON lacks, become the strings "nan", "inf", "-inf"."""
+    kind = type(value)
+    if kind in (str, int, bool, type(None)):  # most values, and lists of all runs have many
+        return value
+    if kind is dict:
+        return {key if type(key) is str else str(jsonable(key)): jsonable(item) for key, item in value.items()}
+    if kind in (list, tuple):
+        return [jsonable(item) for item in value]
     import dataclasses
     import datetime
     import enum

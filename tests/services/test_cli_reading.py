@@ -17,7 +17,7 @@ import pytest
 
 from cluster.postgres import EmbeddedPostgres
 from orchestrator.backends import postgres as server_of
-from orchestrator.catalog import DatabaseCatalog
+from orchestrator.catalog.database import DatabaseCatalog
 from orchestrator.cli import main
 from orchestrator.errors import NotFound
 from orchestrator.execution import connection

@@ -103,9 +103,10 @@ def test_everything_is_up_and_says_where(home: Path) -> None:
     assert found["up"]
     assert found["parts"]["postgres"]["version"].startswith("18")
     assert {name: part["status"] for name, part in found["parts"].items()} == {
-        "postgres": "up", "schema": "up", "mlflow": "up", "ray": "off",
+        "postgres": "up", "schema": "up", "mlflow": "up", "api": "up", "ray": "off",
     }  # fmt: skip
     assert found["parts"]["mlflow"]["latency_ms"] > 0
+    assert found["parts"]["api"]["address"] == Stack.load(home).api_url
 
 
 def test_a_second_up_reuses_what_is_there(home: Path) -> None:
@@ -116,7 +117,8 @@ def test_a_second_up_reuses_what_is_there(home: Path) -> None:
 
 
 def test_files_are_for_their_owner_only(home: Path) -> None:
-    assert stat.S_IMODE((home / "stack.json").stat().st_mode) == 0o600
+    for name in ("stack.json", "api_token"):
+        assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
     assert stat.S_IMODE(home.stat().st_mode) & 0o066 == 0
 
 
@@ -131,7 +133,7 @@ def test_a_second_stack_lives_beside_the_first(home: Path, other_home: Path) -> 
     assert status(other_home)["up"]
     assert status(home)["up"]
     stopped = run("down", other_home, "--json")
-    assert json.loads(stopped.stdout)["stopped"] == ["PostgreSQL"]
+    assert json.loads(stopped.stdout)["stopped"] == ["API", "PostgreSQL"]
     assert belonging_to(other_home) == []
     assert status(home)["up"]
     assert not status(other_home)["up"]
@@ -139,7 +141,7 @@ def test_a_second_stack_lives_beside_the_first(home: Path, other_home: Path) -> 
 
 def test_what_died_is_told_and_started_again(home: Path) -> None:
     before = Stack.load(home)
-    for name in ("mlflow", "postgres"):
+    for name in ("mlflow", "api", "postgres"):
         process = psutil.Process(before.processes[name]["pid"])
         family = [*process.children(recursive=True), process]
         for member in family:
@@ -149,9 +151,9 @@ def test_what_died_is_told_and_started_again(home: Path) -> None:
     found = status(home)
     assert not found["up"]
     assert found["parts"]["postgres"]["why"]
-    assert found["parts"]["mlflow"]["status"] == "down"
+    assert found["parts"]["mlflow"]["status"] == found["parts"]["api"]["status"] == "down"
     after = up(home)
-    assert after.mlflow_uri == before.mlflow_uri
+    assert (after.mlflow_uri, after.api_url) == (before.mlflow_uri, before.api_url)
     assert set(pids(after).values()).isdisjoint(pids(before).values())
     assert status(home)["up"]
 
@@ -169,12 +171,37 @@ def test_doctor_finds_a_fault_and_its_command_mends_it(home: Path) -> None:
     assert "torch" in ended.stdout
 
 
-def test_a_taken_port_is_named_before_anything_is_made(other_home: Path) -> None:
+def test_doctor_finds_a_token_that_others_can_read(home: Path) -> None:
+    token = Path(Stack.load(home).api_token_path)
+    token.chmod(0o644)
+    faults = [check for check in json.loads(run("doctor", home, "--json").stdout)["checks"] if not check["is_ok"]]
+    assert [fault["check"] for fault in faults] == ["the API's token"]
+    subprocess.run(faults[0]["mend"], shell=True, check=True)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert len(token.read_text()) == 64
+
+
+def test_a_running_api_server_is_not_moved_but_can_be_switched_off(home: Path) -> None:
+    before = Stack.load(home)
+    for words in (["api.port=9999"], ["api.host=0.0.0.0"]):
+        refused = run("up", home, "ray.enabled=false", *words)
+        assert (refused.returncode, "orc down" in refused.stderr) == (2, True), refused.stderr
+    assert pids(Stack.load(home)) == pids(before)
+    stack = up(home, "api.enabled=false")
+    assert (stack.api_url, "api" in stack.processes) == ("", False)
+    assert before.processes["api"]["pid"] not in [process.pid for process in belonging_to(home)]
+    assert status(home)["parts"]["api"]["status"] == "off"
+    assert up(home).api_token_path == before.api_token_path
+    assert status(home)["parts"]["api"]["status"] == "up"
+
+
+@pytest.mark.parametrize("key", ["mlflow.port", "api.port"])
+def test_a_taken_port_is_named_before_anything_is_made(other_home: Path, key: str) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
-        ended = run("up", other_home, "ray.enabled=false", f"mlflow.port={port}")
+        ended = run("up", other_home, "ray.enabled=false", f"{key}={port}")
     assert ended.returncode == 2
     assert f"(pid {os.getpid()}" in ended.stderr
     assert not other_home.exists()
@@ -185,6 +212,7 @@ def test_a_taken_port_is_named_before_anything_is_made(other_home: Path) -> None
     [
         (["mlflow.enable=true"], "mlflow.enabled"),
         (["ray.num_cpus=many"], "ray.num_cpus"),
+        (["api.host=http://here"], "api.host"),
         (["database.url=postgresql://nobody:hidden@127.0.0.1:1/d"], "postgresql at 127.0.0.1:1/d"),
         (["mlflow.tracking_uri=http://127.0.0.1:1"], "mlflow at http://127.0.0.1:1"),
         (["ray.address=127.0.0.1:1"], "nobody listens"),
@@ -271,7 +299,7 @@ def test_an_external_server_needs_no_superuser_and_its_password_is_not_shown(
 
 def test_an_existing_sqlite_store_is_used_without_a_server(external: str, other_home: Path) -> None:
     store = other_home.parent / "mlflow.db"
-    stack = up(other_home, f"database.url={external}", f"mlflow.tracking_uri=sqlite:///{store}")
+    stack = up(other_home, f"database.url={external}", f"mlflow.tracking_uri=sqlite:///{store}", "api.enabled=false")
     assert stack.mlflow_uri == f"sqlite:///{store}"
     assert stack.processes == {}
 

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.backends.storage import Storage
+from orchestrator.catalog.logs import StoredLogs, path
 from orchestrator.cli import logfiles
-from orchestrator.cli.logs import Follower
+from orchestrator.cli.logs import Lines, follow
 from orchestrator.cli.output import Output
 
 
 def write(directory: Path, attempt: int, source: str, content: str) -> Path:
-    path = directory / logfiles.path(attempt, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
+    file = directory / path(attempt, source)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
         stream.write(content)
-    return path
-
-
-def test_sources_are_the_driver_then_ranks_in_order(tmp_path: Path) -> None:
-    for source in ("rank-10", "rank-2", "driver", "other"):
-        write(tmp_path, 1, source, "x\n")
-    write(tmp_path, 12, "driver", "x\n")
-    assert logfiles.sources(Storage(str(tmp_path)), 1) == ["driver", "rank-2", "rank-10"]
-    assert logfiles.attempts(Storage(str(tmp_path))) == [1, 12]
-    assert logfiles.attempts(Storage(str(tmp_path / "none"))) == []
+    return file
 
 
 @given(
@@ -41,21 +33,19 @@ def test_sources_are_the_driver_then_ranks_in_order(tmp_path: Path) -> None:
 def test_tail_gives_exactly_the_last_lines(
     lines: list[str], ends: bool, count: int, block: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    directory = tmp_path_factory.mktemp("tail")
-    storage = Storage(str(directory))
+    file = tmp_path_factory.mktemp("tail") / "f.log"
     content = "\n".join(lines) + ("\n" if ends and lines else "")
-    (directory / "f.log").write_text(content)
+    file.write_text(content)
     whole = content.splitlines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logfiles, "BLOCK", block)
-        offset = logfiles.tail_offset(storage, "f.log", count)
-        read = list(logfiles.Reader(storage, "f.log", offset).lines(is_final=True))
+        read = list(logfiles.reader(logfiles.LocalLog(file), count).lines(is_final=True))
     assert read == (whole[-count:] if count else [])
 
 
 def test_a_reader_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     write(tmp_path, 1, "rank-0", "one\ntw")
-    reader = logfiles.Reader(Storage(str(tmp_path)), logfiles.path(1, "rank-0"))
+    reader = logfiles.Reader(logfiles.RunLog(StoredLogs(str(tmp_path)), 1, "rank-0"))
     assert list(reader.lines()) == ["one"]
     write(tmp_path, 1, "rank-0", "o\nthr")
     assert list(reader.lines()) == ["two"]
@@ -72,6 +62,17 @@ def test_following_sees_ranks_that_start_later_and_stops_when_the_run_has_ended(
         pauses += 1
         write(tmp_path, 1, "rank-1", f"late {pauses}\n")
 
-    follower = Follower(Storage(str(tmp_path)), 1, "all", 1, Output(stdout=stream, stderr=io.StringIO()))
-    follower.run(lambda: pauses > 0, pause)
+    lines = Lines(StoredLogs(str(tmp_path)), 1, "all", 1)
+    follow(lines, Output(stdout=stream, stderr=io.StringIO()), lambda: pauses > 0, pause)
     assert stream.getvalue().splitlines() == ["rank-0 | new", *(f"rank-1 | late {n}" for n in range(1, pauses + 1))]
+
+
+def test_structured_lines_of_all_ranks_come_in_the_order_of_time(tmp_path: Path) -> None:
+    for rank, times in ((0, (1.0, 4.0)), (1, (2.0, 3.0))):
+        write(tmp_path, 1, f"rank-{rank}", "text\n")
+        write(tmp_path, 1, f"rank-{rank}.jsonl", "".join(json.dumps({"time": at}) + "\n" for at in times))
+    write(tmp_path, 1, "driver", "has no structured lines\n")
+    lines = Lines(StoredLogs(str(tmp_path)), 1, "all", is_structured=True)
+    assert [json.loads(line)["time"] for line in lines.all(lines.names())] == [1.0, 2.0, 3.0, 4.0]
+    last = Lines(StoredLogs(str(tmp_path)), 1, "all", 1, is_structured=True)
+    assert [json.loads(line)["time"] for line in last.all(last.names())] == [3.0, 4.0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import main
-from orchestrator.execution import driver
+from orchestrator.execution import choice, driver
 from orchestrator.records import RunStatus, RunTicket
 
 TRAIN = """
@@ -39,7 +39,9 @@ class Driver:
         self.jobs: list[Any] = []
         self.status, self.reason = RunStatus.finished, ""
 
-    def train(self, job: Any, *, home: Path, progress: Any, run: str = "") -> driver.Outcome:
+    def train(
+        self, job: Any, *, home: Path, progress: Any, run: str = "", new_run: str = "", open_place: Any = None
+    ) -> driver.Outcome:
         self.jobs.append(job)
         progress.phase("starting workers")
         progress.started(RunTicket(run="r1", name="brave-otter", experiment="digits", attempt=1, directory="/r1"))
@@ -65,6 +67,7 @@ class Driver:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Driver:
     stand_in = Driver()
     monkeypatch.setattr(driver, "train", stand_in.train)
+    monkeypatch.setattr(choice, "choose_place", lambda *given, **named: None)
     return stand_in
 
 

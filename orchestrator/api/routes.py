@@ -1,0 +1,272 @@
+"""What the API server answers: the questions of `Catalog`, one route each. `Guard` decides who may ask."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from anyio import CancelScope
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from orchestrator.api.tokens import Tokens
+from orchestrator.catalog import wire
+from orchestrator.catalog.database import DatabaseCatalog
+from orchestrator.catalog.logs import MOST as MOST_LOG_BYTES
+from orchestrator.config import redact_url
+from orchestrator.errors import UserError
+from orchestrator.status import RunStatus
+from orchestrator.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+PREFIX = f"/api/v{wire.VERSION}"
+HEALTH = f"{PREFIX}/health"
+METHODS = ("GET", "HEAD")
+CONNECTIONS = 3
+"""To the database, kept open."""
+SCHEMA_IS_FRESH = 10.0
+"""Seconds after which a schema that was right is looked at again."""
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+class BadQuestion(UserError):
+    """A parameter that means nothing."""
+
+    def __init__(self, parameter: str, value: str, why: str) -> None:
+        super().__init__(parameter, value, why)
+        self.parameter, self.value, self.why = parameter, value, why
+
+    def __str__(self) -> str:
+        return f"{self.parameter}={self.value}: {self.why}"
+
+
+def application(home: Path, database_url: str, version: str) -> Starlette:
+    """The server of the stack in `home`; connects to the database when first asked."""
+    questions = Questions(database_url, version)
+    run = "/runs/{run}"
+    routes = {
+        "/health": questions.health,
+        "/server": questions.server,
+        "/experiments": questions.experiments,
+        "/runs": questions.runs,
+        "/run": questions.run,
+        "/summaries": questions.summaries,
+        "/main_metrics": questions.main_metrics,
+        **{f"{run}/{what}": questions.of_run(what) for what in OF_RUN},
+        f"{run}/events": questions.events,
+        f"{run}/points": questions.points,
+        f"{run}/logs": questions.logs,
+        f"{run}/logs/{{attempt:int}}": questions.log_sources,
+        f"{run}/logs/{{attempt:int}}/{{source}}": questions.log,
+    }
+    return Starlette(
+        routes=[Mount(PREFIX, routes=[Route(path, answer) for path, answer in routes.items()])],
+        middleware=[Middleware(Guard, tokens=Tokens(home))],
+        exception_handlers={UserError: _told, HTTPException: _no_such_route, Exception: _unexpected},
+    )
+
+
+class Guard:
+    """Nothing is asked but with GET or HEAD, and nothing but the health is told without a token."""
+
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self._app, self._tokens = app, tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = self._refusal(scope) if scope["type"] == "http" else None
+        await (refused or self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        if scope["method"] not in METHODS:
+            return Json(_error("MethodNotAllowed", "This API only reads."), 405, {"Allow": ", ".join(METHODS)})
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:  # PostgreSQL takes none
+            return Json(_error("BadQuestion", "There is a NUL in the address."), 400)
+        if scope["path"] == HEALTH:
+            return None
+        kind, _, token = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
+        if kind.lower() == "bearer" and self._tokens.accept(token.strip()):
+            return None
+        why = "A token is needed: `Authorization: Bearer …`, as in the file api_token of the head's data directory."
+        return Json(_error("Unauthorized", why), 401, {"WWW-Authenticate": "Bearer"})
+
+
+OF_RUN = ("attempts", "params", "notes", "checkpoints", "artifacts")
+"""Questions about one run that take nothing but its id."""
+
+
+class Questions:
+    """The endpoints. They run in threads, because the store waits for the database."""
+
+    def __init__(self, database_url: str, version: str) -> None:
+        self._store = Store(database_url, pool_size=CONNECTIONS, read_only=True)
+        self._catalog = DatabaseCatalog(self._store)
+        self._version = version
+        self._schema_is_right_until = 0.0
+
+    def health(self, request: Request) -> Response:
+        return Json({"ok": True, "version": self._version})
+
+    def server(self, request: Request) -> Response:
+        return Json({"version": self._version, "protocol": wire.protocol()})
+
+    def experiments(self, request: Request) -> Response:
+        return _rows(self._asked().experiments())
+
+    def runs(self, request: Request) -> Response:
+        given = request.query_params
+        tags = [tag.partition("=") for tag in given.getlist("tag")]
+        return _rows(
+            self._asked().runs(
+                experiment=given.get("experiment"),
+                status=_status(given.get("status")),
+                tags={unquote(name): value for name, _, value in tags},
+                search=given.get("search"),
+                limit=_number(request, "limit", 50, most=wire.RUNS_AT_ONCE),
+                offset=_number(request, "offset", 0),
+            )
+        )
+
+    def run(self, request: Request) -> Response:
+        found = wire.to_json(self._asked().run(request.query_params.get("reference", "")))
+        return Json(found | {"directory": redact_url(found["directory"])})
+
+    def of_run(self, what: str) -> Callable[[Request], Response]:
+        def answer(request: Request) -> Response:
+            return _rows(getattr(self._asked(), what)(request.path_params["run"]))
+
+        return answer
+
+    def events(self, request: Request) -> Response:
+        newest = _number(request, "newest", 50, most=wire.EVENTS_AT_ONCE)
+        before = _number(request, "before", None)
+        self._asked()
+        return _rows(self._store.newest_events(request.path_params["run"], before=before, limit=newest))
+
+    def summaries(self, request: Request) -> Response:
+        return _rows(self._asked().summaries(*_runs(request)))
+
+    def main_metrics(self, request: Request) -> Response:
+        return _rows(self._asked().main_metrics(*_runs(request)).values())
+
+    def points(self, request: Request) -> Response:
+        self._asked()
+        pieces = self._store.point_blocks(
+            request.path_params["run"],
+            request.query_params.get("key", ""),
+            rank=_number(request, "rank", None),
+            attempt=_number(request, "attempt", None),
+        )
+        return Stream(wire.blocks(pieces))
+
+    def logs(self, request: Request) -> Response:
+        logs = self._asked().logs(request.path_params["run"])
+        return Json({"uri": logs.uri(), "attempts": logs.attempts()})
+
+    def log_sources(self, request: Request) -> Response:
+        return Json(self._asked().logs(request.path_params["run"]).sources(request.path_params["attempt"]))
+
+    def log(self, request: Request) -> Response:
+        path = request.path_params
+        offset, limit = _number(request, "offset", 0), _number(request, "limit", MOST_LOG_BYTES, most=MOST_LOG_BYTES)
+        content = self._asked().logs(path["run"]).read(path["attempt"], path["source"], offset, limit)
+        return Response(content, media_type="application/octet-stream", headers=HEADERS)
+
+    def _asked(self) -> DatabaseCatalog:
+        """The catalog, once its schema is known to be the one of this code. Raises SchemaMismatch."""
+        now = time.monotonic()
+        if now > self._schema_is_right_until:
+            self._store.check_schema()
+            self._schema_is_right_until = now + SCHEMA_IS_FRESH
+        return self._catalog
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def _number(request: Request, name: str, default: Any, *, most: int = 2**31 - 1) -> Any:
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    if not (given.isascii() and given.isdecimal() and len(given) < 20):
+        raise BadQuestion(name, given, "a number from 0 up is meant.")
+    if int(given) > most:
+        raise BadQuestion(name, given, f"at most {most} at once.")
+    return int(given)
+
+
+def _status(given: str | None) -> RunStatus | None:
+    try:
+        return None if given is None else RunStatus(given)
+    except ValueError:
+        raise BadQuestion("status", given or "", f"there are {', '.join(RunStatus)}.") from None
+
+
+def _runs(request: Request) -> list[str]:
+    runs = request.query_params.getlist("run")
+    if len(runs) > wire.IDS_AT_ONCE:
+        raise BadQuestion("run", f"{len(runs)} times", f"at most {wire.IDS_AT_ONCE} at once.")
+    return runs
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Json(Response):
+    """A JSON document, compact and strict."""
+
+    def __init__(self, document: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        text = json.dumps(document, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        more = HEADERS | (headers or {})
+        super().__init__(text.encode(errors="replace"), status, more, media_type="application/json")
+
+
+class Stream(StreamingResponse):
+    """Bytes as they come. What makes them is closed at the end, also when the reader left before it."""
+
+    def __init__(self, pieces: Generator[bytes]) -> None:
+        self._pieces = pieces
+        first = next(pieces)  # what goes wrong at once shall be an answer of its own
+        super().__init__(itertools.chain([first], pieces), media_type="application/octet-stream", headers=HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with CancelScope(shield=True):
+                await run_in_threadpool(self._pieces.close)
+
+
+def _rows(rows: Iterable[Any]) -> Json:
+    return Json([wire.to_json(row) for row in rows])
+
+
+def _error(kind: str, message: str) -> dict[str, Any]:
+    return {"error": {"type": kind, "message": message, "arguments": []}}
+
+
+def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, UserError)
+    return Json(*wire.error_to_json(error))
+
+
+def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return Json(_error("NoSuchRoute", f"{request.url.path}: {error.detail}."), error.status_code)
+
+
+def _unexpected(request: Request, error: Exception) -> Response:
+    """The traceback goes to the server's log, not to the reader."""
+    return Json(_error(type(error).__name__, "unexpected; the server's log tells more."), 500)

@@ -1,0 +1,96 @@
+"""What can be asked about runs, whoever answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from orchestrator.status import RunStatus
+    from orchestrator.store.views import (
+        ArtifactRow,
+        AttemptRow,
+        CheckpointRow,
+        EventRow,
+        ExperimentRow,
+        NoteRow,
+        ParamRow,
+        Points,
+        RunDetail,
+        RunRow,
+        SummaryRow,
+    )
+
+LAST = "last"
+"""Instead of a run's id or name: the newest run."""
+
+
+class LogFiles(Protocol):
+    """What a run's processes printed: text files in its directory, wherever that is."""
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts that have logs, oldest first."""
+        ...
+
+    def sources(self, attempt: int) -> dict[str, int]:
+        """`driver`, `rank-0`, `rank-1` …, then `driver.jsonl` …, the structured lines beside them; as far as they have
+        a file, each with the size of its file in bytes.
+        """
+        ...
+
+    def read(self, attempt: int, source: str, offset: int, limit: int) -> bytes:
+        """At most `limit` bytes from `offset` on, possibly fewer; nothing at the end of the file. Raises NotFound."""
+        ...
+
+    def uri(self, attempt: int = 0, source: str = "") -> str:
+        """Where the file is (or all of them are), for people."""
+        ...
+
+
+class Catalog(Protocol):
+    """Read-only. Every `run` argument but that of `run()` is a full run id."""
+
+    def experiments(self) -> list[ExperimentRow]: ...
+
+    def runs(
+        self,
+        *,
+        experiment: str | None = None,
+        status: RunStatus | None = None,
+        tags: Mapping[str, str] | None = None,
+        search: str | None = None,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[RunRow]:
+        """Newest first. An experiment that does not exist raises NotFound, naming the nearest."""
+        ...
+
+    def run(self, reference: str) -> RunDetail:
+        """By id, unique beginning of an id, name, or `last`. Raises NotFound, naming the nearest, and AmbiguousName."""
+        ...
+
+    def attempts(self, run: str) -> list[AttemptRow]: ...
+    def params(self, run: str) -> list[ParamRow]: ...
+    def notes(self, run: str) -> list[NoteRow]: ...
+    def checkpoints(self, run: str) -> list[CheckpointRow]: ...
+    def artifacts(self, run: str) -> list[ArtifactRow]: ...
+
+    def events(self, run: str, *, newest: int) -> list[EventRow]:
+        """The newest ones, oldest of them first."""
+        ...
+
+    def summaries(self, *runs: str) -> list[SummaryRow]:
+        """One per run, key and rank."""
+        ...
+
+    def main_metrics(self, *runs: str) -> dict[str, SummaryRow]:
+        """Of each run that has metrics, the one that tells how it went (see headline.py), of the lowest rank."""
+        ...
+
+    def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
+        """Exactly as logged; empty when there are none. Raises NotFound for the run."""
+        ...
+
+    def logs(self, run: str) -> LogFiles:
+        """Raises NotFound for the run."""
+        ...
