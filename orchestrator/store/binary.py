@@ -78,9 +78,9 @@ class ArrayLoader(Loader):
         return unpacked(data)
 
 
-def numpy_cursor(connection: Connection[Any]) -> Cursor[Any]:
-    """A binary cursor that takes and gives numpy arrays."""
-    cursor = connection.cursor(binary=True)
+def numpy_cursor(connection: Connection[Any], *, name: str = "") -> Cursor[Any]:
+    """A binary cursor that takes and gives numpy arrays; with a name it is the server's, and rows come in pieces."""
+    cursor: Any = connection.cursor(name, binary=True) if name else connection.cursor(binary=True)
     cursor.adapters.register_dumper(np.ndarray, ArrayDumper)
     for oid in ARRAY_OID.values():
         cursor.adapters.register_loader(oid, ArrayLoader)

@@ -16,6 +16,9 @@ from orchestrator.store.tables import HEAD
 CONNECT_TIMEOUT = 10
 """Seconds."""
 
+READ_ONLY = "-c default_transaction_read_only=on -c idle_in_transaction_session_timeout=60s"
+"""For sessions that answer others: no write, whatever is asked, and no transaction held open by a client that hangs."""
+
 _HINTS = {
     "28": "Check user and password in database.url (and pg_hba.conf of the server).",
     "3D": "Create the database, or correct its name in database.url.",
@@ -52,8 +55,10 @@ def redacted(url: URL) -> str:
     return f"{where}{port}/{url.database or ''}"
 
 
-def open_engine(url: URL, pool_size: int) -> Engine:
+def open_engine(url: URL, pool_size: int, read_only: bool = False) -> Engine:
     """A pool that connects when it is first used and replaces connections that a server's restart has cut."""
+    said = url.query.get("options", ())
+    options = {"options": " ".join([*([said] if isinstance(said, str) else said), READ_ONLY])} if read_only else {}
     return create_engine(
         url,
         pool_size=pool_size,
@@ -61,7 +66,7 @@ def open_engine(url: URL, pool_size: int) -> Engine:
         pool_timeout=CONNECT_TIMEOUT,
         pool_pre_ping=True,
         hide_parameters=True,  # values that users log do not belong into error messages
-        connect_args={"application_name": "orc", "connect_timeout": CONNECT_TIMEOUT},
+        connect_args={"application_name": "orc", "connect_timeout": CONNECT_TIMEOUT, **options},
     )
 
 

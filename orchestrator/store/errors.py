@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.records import Stream
 
 Watermarks = dict[tuple[str, Stream], int]
@@ -44,3 +44,41 @@ class UnknownRun(OrchestratorError):
     def __str__(self) -> str:
         runs = ", ".join(self.runs)
         return f"The database has no run {runs}; what {len(self.producers)} producers sent for it was not stored."
+
+
+class RunIsThere(UserError):
+    """A run that shall be imported is in the database already, and is another one or was changed since."""
+
+    def __init__(self, run: str, is_half_removed: bool = False) -> None:
+        super().__init__(run, is_half_removed)
+        self.run, self.is_half_removed = run, is_half_removed
+
+    def __str__(self) -> str:
+        if self.is_half_removed:
+            return f"Run {self.run} was removed, but not yet all of its files. Run `orc rm {self.run}` first."
+        return (
+            f"Run {self.run} is in this database already and differs from the bundle (a tag, a note or a resume is "
+            f"enough). Remove it with `orc rm {self.run}` to take the bundle's, or keep what is here."
+        )
+
+
+class BadRecord(UserError, ValueError):
+    """A record of a run that does not fit together, or that this version cannot read."""
+
+    def __init__(self, part: str, why: str) -> None:
+        super().__init__(part, why)
+        self.part, self.why = part, why
+
+    def __str__(self) -> str:
+        return f"The record cannot be read ({self.part}): {self.why}"
+
+
+class ModelDependsOnRun(UserError):
+    """A registered model was made from a checkpoint of the run."""
+
+    def __init__(self, run: str, model: str) -> None:
+        super().__init__(run, model)
+        self.run, self.model = run, model
+
+    def __str__(self) -> str:
+        return f"Run {self.run} cannot be removed: model {self.model} was made from one of its checkpoints."

@@ -11,11 +11,11 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from orchestrator.errors import NotFound, RunIsActive
+from orchestrator.errors import ConfigError, NotFound, RunExists, RunIsActive
 from orchestrator.records import TERMINAL, TRANSITIONS, RunSpec, RunStatus, RunTicket
 from orchestrator.store.chunks import LATEST_TIME_MS
 from orchestrator.store.cleaning import clean_json, clean_name, clean_text, typed
-from orchestrator.store.names import run_directory, run_id, run_name
+from orchestrator.store.names import is_run_id, run_directory, run_id, run_name
 
 Cursor = psycopg.Cursor[Any]
 
@@ -40,11 +40,15 @@ def json_or_null(value: Mapping[str, Any] | None) -> Jsonb | None:
 
 
 def open_attempt(cursor: Cursor, spec: RunSpec, now: float, lease_seconds: float) -> RunTicket:
-    """The run (new, unless `spec` names or finds one) as RUNNING in its next attempt. Raises NotFound, RunIsActive."""
+    """The run (new, unless `spec` names or finds one) as RUNNING in its next attempt.
+
+    Raises NotFound, RunIsActive, RunExists.
+    """
     at, user = when(now), clean_text(spec.user)
     run = (
         clean_text(spec.run)
         or (_interrupted(cursor, spec) if spec.resume else "")
+        or (_started_before(cursor, spec) if spec.new_run else "")
         or _create_run(cursor, spec, at, now)
     )
     found = cursor.execute(
@@ -101,6 +105,19 @@ def _interrupted(cursor: Cursor, spec: RunSpec) -> str:
     return found[0] if found and found[1] != RunStatus.finished else ""
 
 
+def _started_before(cursor: Cursor, spec: RunSpec) -> str:
+    """The run that has the chosen id already, because its job was started again; '' if there is none."""
+    if not is_run_id(spec.new_run):
+        raise ConfigError("--run-id", spec.new_run, "is no id of a run.", f"One looks like {run_id(0.0)}.")
+    found = cursor.execute("SELECT status, config_hash FROM runs WHERE id = %s", (spec.new_run,)).fetchone()
+    if found is None:
+        return ""
+    status, config_hash = found
+    if status == RunStatus.finished or config_hash != spec.config_hash:
+        raise RunExists(spec.new_run, status)
+    return spec.new_run
+
+
 def _create_run(cursor: Cursor, spec: RunSpec, at: datetime, now: float) -> str:
     project, user = clean_name(spec.project) or "default", clean_text(spec.user)
     experiment = clean_name(spec.experiment) or "default"
@@ -117,7 +134,7 @@ def _create_run(cursor: Cursor, spec: RunSpec, at: datetime, now: float) -> str:
     name = clean_name(spec.name) or run_name(number)
     run = ""
     while not run:  # an id is taken about once in four thousand million runs of one second
-        candidate = run_id(when(now).timestamp())
+        candidate = spec.new_run or run_id(when(now).timestamp())
         made = cursor.execute(
             "INSERT INTO runs (id, number, experiment_id, project, name, description, who, status, workers, seed,"
             " directory, model, dataset, sweep_id, created_at, updated_at, updated_by)"
@@ -130,6 +147,8 @@ def _create_run(cursor: Cursor, spec: RunSpec, at: datetime, now: float) -> str:
             ),
         ).fetchone()  # fmt: skip
         run = made[0] if made else ""
+        if not run and spec.new_run:
+            raise RunIsActive(candidate, RunStatus.created)  # somebody else made it since we looked
     if spec.parent:
         linked = cursor.execute(
             "INSERT INTO run_edges (parent_id, child_id, kind, who) SELECT id, %s, 'parent', %s FROM runs WHERE id = %s"

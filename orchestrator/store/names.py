@@ -253,6 +253,10 @@ def run_id(now: float) -> str:
     return f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
+def is_run_id(text: str) -> bool:
+    return re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", text) is not None
+
+
 def run_name(number: int) -> str:
     """Example: brisk-otter-142. Unique, because the number is."""
     return f"{secrets.choice(ADJECTIVES)}-{secrets.choice(NOUNS)}-{number}"

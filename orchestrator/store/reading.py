@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from sqlalchemy import (
     Select,
     Text,
     any_,
+    case,
     cast,
     func,
     literal,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy import String as SqlString
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from orchestrator.errors import AmbiguousName, NotFound
 from orchestrator.records import TERMINAL, RunStatus
@@ -207,7 +209,7 @@ def attempts(connection: Connection, run_id: str, *conditions: ColumnElement[boo
             run=row.run_id, attempt=row.attempt, status=RunStatus(row.status), reason=row.reason, error=row.error,
             user=row.who, job=row.job, workers=row.workers, config_hash=row.config_hash,
             started=row.started_at.timestamp(), ended=_seconds(row.ended_at), lease_until=_seconds(row.lease_until),
-            provenance=row.provenance,
+            provenance=row.provenance, config=row.config or {},
         )
         for row in connection.execute(query)
     ]  # fmt: skip
@@ -229,6 +231,16 @@ def events(connection: Connection, run_id: str, after: int, limit: int) -> list[
     query = (
         select(t.events).where(t.events.c.run_id == run_id, t.events.c.id > after).order_by(t.events.c.id).limit(limit)
     )
+    return _events(connection, query)
+
+
+def newest_events(connection: Connection, run_id: str, before: int | None, limit: int) -> list[EventRow]:
+    """The newest ones (older than the id `before`), oldest of them first."""
+    query = select(t.events).where(t.events.c.run_id == run_id).order_by(t.events.c.id.desc()).limit(limit)
+    return _events(connection, query if before is None else query.where(t.events.c.id < before))[::-1]
+
+
+def _events(connection: Connection, query: Select[Any]) -> list[EventRow]:
     return [
         EventRow(
             id=row.id, run=row.run_id, attempt=row.attempt, rank=row.rank, at=row.at.timestamp(), level=row.level,
@@ -283,6 +295,25 @@ def summaries(connection: Connection, run_ids: Sequence[str], keys: Sequence[str
     return [_summary(row) for row in connection.execute(query)]
 
 
+def first_summaries(
+    connection: Connection, run_ids: Sequence[str], groups: Sequence[Sequence[str]]
+) -> list[SummaryRow]:
+    """Of each run that has metrics the first summary: declared directions before others, keys that begin with a word of
+    the first group before those of the second and the rest, then by name; of the lowest rank."""
+    s, k = t.metric_summaries, t.metric_keys
+    word = func.split_part(k.c.name, "/", 1)
+    weight = case(*((word.in_(group), place) for place, group in enumerate(groups)), else_=len(groups))
+    query = (
+        select(s, t.runs.c.id.label("run"), k.c.name.label("key"), k.c.unit, k.c.direction, k.c.reduction)
+        .ext(distinct_on(s.c.run_number))
+        .join(t.runs, t.runs.c.number == s.c.run_number)
+        .join(k, k.c.id == s.c.key_id)
+        .where(t.runs.c.id == any_(literal(list(run_ids), ARRAY(Text))))
+        .order_by(s.c.run_number, k.c.direction == "", weight, k.c.name.collate("C"), s.c.rank)
+    )
+    return [_summary(row) for row in connection.execute(query)]
+
+
 def _summary(row: Row[Any]) -> SummaryRow:
     m = row._mapping  # `count` and `sum` are methods of rows, too
     finite = m["count"] - m["nan_count"] - m["inf_count"]
@@ -297,32 +328,50 @@ def _summary(row: Row[Any]) -> SummaryRow:
     )  # fmt: skip
 
 
-_CHUNK_COLUMNS = (
+CHUNK_COLUMNS = (
     "c.attempt, c.rank, c.first_step, c.first_time_ms, c.steps, c.times, c.values, k.name, c.xid::text::bigint, c.id"
 )
 
 
-def _decoded(row: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def decoded(row: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     steps = row[2] + np.cumsum(row[4], dtype=np.int64)
     times = (row[3] + np.cumsum(row[5], dtype=np.int64)) / 1000.0
     return steps, times, row[6]
+
+
+CHUNKS_AT_ONCE = 50
+
+_CHUNKS_OF_KEY = (
+    f"SELECT {CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
+    " WHERE c.run_number = %(run)s AND k.name = %(key)s AND (%(rank)s::int IS NULL OR c.rank = %(rank)s)"
+    " AND (%(attempt)s::int IS NULL OR c.attempt = %(attempt)s) ORDER BY c.attempt, c.rank, c.id"
+)
 
 
 def points(
     connection: psycopg.Connection[Any], run_number: int, key: str, rank: int | None, attempt: int | None
 ) -> Points:
     with numpy_cursor(connection) as cursor:
-        rows = cursor.execute(
-            f"SELECT {_CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
-            " WHERE c.run_number = %(run)s AND k.name = %(key)s AND (%(rank)s::int IS NULL OR c.rank = %(rank)s)"
-            " AND (%(attempt)s::int IS NULL OR c.attempt = %(attempt)s) ORDER BY c.attempt, c.rank, c.id",
-            {"run": run_number, "key": key, "rank": rank, "attempt": attempt},
-        ).fetchall()
-    decoded = [_decoded(row) for row in rows]
+        asked = {"run": run_number, "key": key, "rank": rank, "attempt": attempt}
+        return _joined(cursor.execute(_CHUNKS_OF_KEY, asked).fetchall())
+
+
+def point_blocks(
+    connection: psycopg.Connection[Any], run_number: int, key: str, rank: int | None, attempt: int | None
+) -> Generator[Points]:
+    """The same points piece by piece, never more than `CHUNKS_AT_ONCE` chunks in memory."""
+    with numpy_cursor(connection, name="points") as cursor:
+        cursor.execute(_CHUNKS_OF_KEY, {"run": run_number, "key": key, "rank": rank, "attempt": attempt})
+        while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
+            yield _joined(rows)
+
+
+def _joined(rows: Sequence[Sequence[Any]]) -> Points:
+    columns_of = [decoded(row) for row in rows]
     lengths = [len(row[6]) for row in rows]
 
     def joined(place: int, dtype: type) -> np.ndarray:
-        return np.concatenate([columns[place] for columns in decoded]) if decoded else np.empty(0, dtype)
+        return np.concatenate([columns[place] for columns in columns_of]) if columns_of else np.empty(0, dtype)
 
     return Points(
         steps=joined(0, np.int64),
@@ -346,7 +395,7 @@ def chunks_after(
 ) -> list[ChunkRow]:
     with numpy_cursor(connection) as cursor:
         rows = cursor.execute(
-            f"SELECT {_CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
+            f"SELECT {CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
             f" WHERE c.run_number = %(run)s AND (c.xid, c.id) > (%(xid)s::text::xid8, %(id)s) AND c.xid < {_HORIZON}"
             " ORDER BY c.xid, c.id LIMIT %(limit)s",
             {"run": run_number, "xid": str(position.xid), "id": position.id, "limit": limit},
@@ -357,7 +406,7 @@ def chunks_after(
             position=FeedPosition(xid=row[8], id=row[9]),
         )
         for row in rows
-        for steps, times, values in [_decoded(row)]
+        for steps, times, values in [decoded(row)]
     ]  # fmt: skip
 
 

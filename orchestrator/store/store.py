@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -14,10 +14,10 @@ from sqlalchemy import Connection
 
 from orchestrator.errors import IllegalTransition, NotFound, SchemaMismatch
 from orchestrator.records import Batch, RunSpec, RunStatus, RunTicket, Stream
-from orchestrator.store import lifecycle, reading, transaction
+from orchestrator.store import lifecycle, portable, reading, removal, transaction
 from orchestrator.store.cleaning import clean_json, clean_text
 from orchestrator.store.connection import open_engine, parse, redacted, told
-from orchestrator.store.errors import SequenceGap, UnknownRun, Watermarks
+from orchestrator.store.errors import BadRecord, SequenceGap, UnknownRun, Watermarks
 from orchestrator.store.locks import SessionLocks
 from orchestrator.store.schema import schema_status
 from orchestrator.store.transaction import RunIdentity
@@ -54,9 +54,10 @@ class Store:
     of metric keys; after a restore from a backup, open a new one.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 4) -> None:
+    def __init__(self, url: str, *, pool_size: int = 4, read_only: bool = False) -> None:
+        """`read_only`: the server itself refuses every write, and ends a reader that stops reading."""
         self._url = parse(url)
-        self._engine = open_engine(self._url, pool_size)
+        self._engine = open_engine(self._url, pool_size, read_only)
         self._locks = SessionLocks(self._engine)
         self._runs: dict[str, RunIdentity] = {}
         self._keys: dict[str, int] = {}
@@ -120,6 +121,26 @@ class Store:
                 (RunStatus.running,),
             )
             return {(run, attempt): seconds for run, attempt, seconds in rows}
+
+    def vouch(self, attempts: Iterable[tuple[str, int]], *, now: float) -> None:
+        """The caller keeps the leases of these attempts: other trackers on this database leave them alone."""
+        wanted = list(attempts)
+        with self._writing() as connection:
+            connection.execute(
+                "UPDATE attempts a SET alive_at = %s FROM unnest(%s::text[], %s::int[]) AS w(run_id, attempt)"
+                " WHERE a.run_id = w.run_id AND a.attempt = w.attempt AND a.ended_at IS NULL",
+                (lifecycle.when(now), [run for run, _ in wanted], [number for _, number in wanted]),
+            )
+
+    def vouched(self) -> dict[tuple[str, int], float]:
+        """For each current attempt that runs, when a tracker last vouched for it; 0 if none did yet."""
+        with self._writing() as connection:
+            rows = connection.execute(
+                "SELECT a.run_id, a.attempt, coalesce(extract(epoch FROM a.alive_at), 0)::float8 FROM attempts a"
+                " JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt WHERE a.ended_at IS NULL AND a.status = %s",
+                (RunStatus.running,),
+            )
+            return {(run, attempt): at for run, attempt, at in rows}
 
     def request_cancel(self, run: str, *, user: str, now: float) -> None:
         """Asks the run to stop; the first one to ask is remembered. Raises NotFound."""
@@ -282,6 +303,11 @@ class Store:
         with self._reading() as connection:
             return reading.events(connection, run, after, limit)
 
+    def newest_events(self, run: str, *, before: int | None = None, limit: int) -> list[EventRow]:
+        """The newest ones (older than the id `before`), oldest of them first."""
+        with self._reading() as connection:
+            return reading.newest_events(connection, run, before, limit)
+
     def checkpoints(self, run: str) -> list[CheckpointRow]:
         with self._reading() as connection:
             return reading.checkpoints(connection, run)
@@ -299,11 +325,25 @@ class Store:
         with self._reading() as connection:
             return reading.summaries(connection, runs, keys)
 
+    def first_summaries(self, runs: Sequence[str], *, groups: Sequence[Sequence[str]]) -> list[SummaryRow]:
+        """One of each run that has metrics: declared directions before others, keys that begin with a word of the first
+        group before those of the second and the rest, then by name; of the lowest rank."""
+        with self._reading() as connection:
+            return reading.first_summaries(connection, runs, groups)
+
     def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
         """All points of a key, exactly as logged; empty when there are none. Raises NotFound for the run."""
         number = self._number(run)
         with self._writing() as connection:
             return reading.points(connection, number, key, rank, attempt)
+
+    def point_blocks(
+        self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None
+    ) -> Generator[Points]:
+        """The same points as of one moment, piece by piece; holds a connection until it is exhausted or closed."""
+        number = self._number(run)
+        with self._writing() as connection:
+            yield from reading.point_blocks(connection, number, key, rank, attempt)
 
     # -- the feed for sinks --------------------------------------------------------------------------------------------
 
@@ -344,6 +384,68 @@ class Store:
 
     def unlock(self, sink: str) -> None:
         self._locks.give_back(f"orc.sink.{sink}")
+
+    # -- a whole run: copied, restored, removed ------------------------------------------------------------------------
+
+    def whereabouts(self, runs: Iterable[str]) -> dict[str, tuple[RunStatus, str]]:
+        """Status and directory of each; those that are not there (any more) are left out."""
+        with self._writing() as connection:
+            rows = connection.execute(
+                "SELECT id, status, directory FROM runs WHERE id = ANY(%s) AND deleted_at IS NULL", (list(runs),)
+            )
+            return {run: (RunStatus(status), directory) for run, status, directory in rows}
+
+    @contextmanager
+    def snapshot(self, run: str) -> Iterator[portable.RunSnapshot]:
+        """The run with all of its points as of one moment. While it is open nobody can remove the run.
+
+        Raises NotFound, also when it is being removed.
+        """
+        name = removal.lock_name(run)
+        with self._writing() as connection:
+            # In a transaction of its own, and of the session: the snapshot must not be older than the lock.
+            taken = connection.execute("SELECT pg_try_advisory_lock_shared(hashtextextended(%s, 0))", (name,))
+            if taken.fetchone() != (True,):
+                raise NotFound("run", run)
+            try:
+                connection.commit()
+                connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+                yield portable.RunSnapshot(connection, run)
+            finally:
+                with suppress(psycopg.Error):  # a connection that ended has given the lock away
+                    connection.rollback()
+                    connection.execute("SELECT pg_advisory_unlock_shared(hashtextextended(%s, 0))", (name,))
+
+    def restore_run(self, record: portable.Record, points: Iterable[ChunkRow]) -> tuple[str, ...]:
+        """Writes a run as `snapshot` gave it, all or nothing; points in the order of `RunSnapshot.chunks`.
+
+        Gives parents of the run that are not here. Raises RunIsThere, BadRecord.
+        """
+        with self._writing() as connection:
+            try:
+                keys = portable.declare_metrics(connection, record["metrics"])
+                missing = portable.insert(connection, record, points, keys)
+            except (psycopg.DataError, psycopg.IntegrityError, KeyError, TypeError, ValueError) as error:
+                if isinstance(error, BadRecord):
+                    raise
+                raise BadRecord("its values", f"{type(error).__name__}: {str(error).splitlines()[0]}.") from error
+        return missing
+
+    def remove_run(self, run: str, *, user: str, now: float, force: bool = False) -> None:
+        """Removes all that is stored about the run; its directory is then removed by the caller, who says so by
+        `finish_removal`. `force`: also a run that has not ended. Raises NotFound, RunIsActive, ModelDependsOnRun.
+        """
+        with self._writing() as connection, connection.cursor() as cursor:
+            removal.remove(cursor, run, user=user, at=lifecycle.when(now), force=force)
+
+    def half_removed(self, run: str) -> removal.HalfRemoved | None:
+        """A run (by its full id) that was removed while its directory was not."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return removal.half_removed(cursor, run)
+
+    def finish_removal(self, run: str) -> None:
+        with self._writing() as connection, connection.cursor() as cursor:
+            removal.finish(cursor, run)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

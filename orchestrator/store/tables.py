@@ -35,7 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSONB
 from sqlalchemy.types import UserDefinedType
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every schema this code knows, oldest first. Kept here so that looking at a database does not need Alembic."""
 HEAD = REVISIONS[-1]
 
@@ -223,6 +223,7 @@ attempts = Table(
     _when("ended_at"),
     _when("lease_until"),  # of the first lease, so its length is known; the tracker renews in memory
     _xid(),
+    _when("alive_at"),  # when the tracker that keeps the lease last said so; others leave such an attempt alone
     PrimaryKeyConstraint("run_id", "attempt"),
     Index("attempts_alive", "run_id", postgresql_where=text("ended_at IS NULL")),
 )

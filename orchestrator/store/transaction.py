@@ -97,10 +97,12 @@ def transact(
                 new[producer] = missing(sent, rows[producer][1])
             except _OutOfOrder as error:
                 gaps.append(error.gap)
-        points = [batch for sent in new.values() for batch in sent if batch.stream is Stream.points]
+        removed = _removed(cursor, {batch.run for sent in new.values() for batch in sent})
+        kept = [batch for sent in new.values() for batch in sent if batch.run not in removed]
+        points = [batch for batch in kept if batch.stream is Stream.points]
         if points:
             _write_points(cursor, points, runs, key_ids, {producer: row[0] for producer, row in rows.items()})
-        facts.apply(connection, [said for sent in new.values() for batch in sent for said in _facts(batch, runs)])
+        facts.apply(connection, [said for batch in kept for said in _facts(batch, runs)])
         marks: Watermarks = {(producer, stream): mark for producer in new for stream, mark in rows[producer][1].items()}
         marks |= {(producer, batch.stream): batch.last for producer, sent in new.items() for batch in sent}
         moved = [producer for producer, sent in new.items() if sent]
@@ -143,6 +145,17 @@ def _locked(
         )
         rows = lock()  # another tracker may have been faster, so read what is there
     return rows
+
+
+def _removed(cursor: psycopg.Cursor[Any], runs: set[str]) -> set[str]:
+    """Runs that somebody removed: what comes late for them is acknowledged and dropped, see removal.py.
+
+    Asked when the producers are locked: a removal locks them too, so it comes wholly before or wholly after.
+    """
+    found = cursor.execute(
+        "SELECT id FROM runs WHERE id = ANY(%s) AND deleted_at IS NOT NULL", (sorted(runs),)
+    ).fetchall()
+    return {row[0] for row in found}
 
 
 def _write_points(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from orchestrator.status import RunStatus
 
-from orchestrator.records import RunStatus
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,8 @@ class AttemptRow:
     ended: float | None
     lease_until: float | None
     provenance: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The whole resolved config of this attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,17 +16,19 @@ SETTINGS_OF_OTHERS = ("RAY_", "MLFLOW_", "ORC_", "PG", "HYDRA_", "CI")
 class OwnStack:
     """`with OwnStack() as stack: stack.orc("up")`. Whatever was started is stopped at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, commands: Path = Path(sys.executable).parent) -> None:
+        """`commands` holds the `orc` and the `python` of the installation to try."""
+        self.commands = commands
         self.directory = Path(tempfile.mkdtemp(prefix="orct-"))  # short: sockets live below it
         self.directory.chmod(0o711)  # as root PostgreSQL runs as `nobody`, who must pass through
         self.home = self.directory / "home"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_OF_OTHERS)}
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        path = os.pathsep.join([str(commands), os.environ.get("PATH", os.defpath)])
         self.environment = inherited | {"ORC_HOME": str(self.home), "HOME": str(self.directory), "PATH": path}
 
     def orc(self, *arguments: str, timeout: float = 180) -> str:
         """What the verb prints on stdout; a verb that fails fails the test with all that it said."""
-        command = [str(Path(sys.executable).parent / "orc"), *arguments]
+        command = [str(self.commands / "orc"), *arguments]
         # Files, not pipes: servers that outlive the command keep a pipe open, and reading it would never end.
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             code = subprocess.run(

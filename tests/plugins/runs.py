@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,13 @@ class Orc:
 
     def json(self, *words: str, **kwargs: Any) -> Any:
         return json.loads(self(*words, "--json", **kwargs))
+
+    def dashboard(self, path: str) -> Any:
+        """What the Ray dashboard answers."""
+        token = Path(self.stack.ray_token_path).read_text()
+        request = urllib.request.Request(self.stack.ray_dashboard + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
 
     @property
     def stack(self) -> Stack:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.fs as arrow_fs
 import pytest
 
-from orchestrator.execution.worker import _log_file, _Tee, copy_to_storage, local_directory, log_path
-from orchestrator.provenance.capture import capture
+from orchestrator.execution.run_logs import _Tee, rank_log
+from orchestrator.execution.worker import copy_to_storage, local_directory, log_path
 from orchestrator.records import RunTicket
 
 
@@ -44,7 +43,7 @@ def test_what_is_printed_and_what_is_logged_stands_once_in_the_log_file(tmp_path
     ray_like = logging.StreamHandler(io.StringIO())
     root.addHandler(ray_like)
     try:
-        with _log_file(path, ("canary-1234",)):
+        with rank_log(path, ticket(str(tmp_path)), 0, secrets=("canary-1234",)):
             print("printed canary-1234")
             logging.getLogger("mine").info("logged canary-1234")
     finally:
@@ -59,15 +58,3 @@ def test_secrets_are_hidden_however_they_are_written() -> None:
     stream, file = io.StringIO(), io.StringIO()
     _Tee(stream, file, ("canary-1234",)).writelines(["a canary-1234\n", "b\n"])
     assert stream.getvalue() == file.getvalue() == "a ***\nb\n"
-
-
-def test_a_working_directory_that_is_gone_does_not_fail_a_run(tmp_path: Path) -> None:
-    before = os.getcwd()
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    os.chdir(gone)
-    try:
-        gone.rmdir()
-        assert capture()["directory"] == ""
-    finally:
-        os.chdir(before)

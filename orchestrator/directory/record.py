@@ -1,0 +1,83 @@
+"""record.json: a run's record as text, with the places of its files relative to the run's directory. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.store.errors import BadRecord
+from orchestrator.store.names import is_run_id
+
+Record = dict[str, Any]
+
+PROTOCOL = 1
+
+PARTS = (
+    *("run", "parents", "attempts", "params", "tags", "notes", "events", "checkpoints", "artifacts"),
+    *("metrics", "summaries", "producers"),
+)
+
+HERE = "./"
+"""What a place in the run's own directory begins with."""
+
+_WITH_PLACES = ("checkpoints", "artifacts")
+
+_PASSING = ("directory", "links", "updated_at", "updated_by")
+"""Of the run: where it is kept and who looked at it last, not what it is."""
+_OF_OTHERS = ("parents", "metrics", "producers")
+"""Depends on what else is in the database."""
+
+
+def encode(record: Record) -> bytes:
+    return (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def decode(data: bytes) -> Record:
+    """Raises BadRecord for what is none, or of another protocol."""
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise BadRecord("record.json", f"{error}.") from error
+    if not isinstance(record, dict) or record.get("protocol") != PROTOCOL:
+        found = record.get("protocol") if isinstance(record, dict) else None
+        raise BadRecord("record.json", f"it has protocol {found}, this version speaks {PROTOCOL}.")
+    for part in PARTS:
+        kind: type = dict if part == "run" else list
+        if not isinstance(record.get(part), kind):
+            raise BadRecord("record.json", f"{part} is missing.")
+    if not is_run_id(str(record["run"].get("id"))):
+        raise BadRecord("record.json", f"{record['run'].get('id')!r} is no id of a run.")
+    return record
+
+
+def movable(record: Record) -> Record:
+    """The record with places in the run's directory relative to it, so that it stays true wherever that is."""
+    root = record["run"]["directory"].rstrip("/")
+    if not root:
+        return record
+
+    def relative(row: Mapping[str, Any]) -> dict[str, Any]:
+        uri = row["uri"].removeprefix("file://") if root.startswith("/") else row["uri"]
+        return {**row, "uri": HERE + uri.removeprefix(f"{root}/")} if uri.startswith(f"{root}/") else dict(row)
+
+    return {**record, **{part: [relative(row) for row in record[part]] for part in _WITH_PLACES}}
+
+
+def placed(record: Record, directory: str) -> Record:
+    """The other way round: the record of the run as it lies in `directory`."""
+
+    def absolute(row: Mapping[str, Any]) -> dict[str, Any]:
+        uri = row["uri"]
+        return {**row, "uri": f"{directory}/{uri.removeprefix(HERE)}"} if uri.startswith(HERE) else dict(row)
+
+    run = {**record["run"], "directory": directory}
+    return {**record, "run": run, **{part: [absolute(row) for row in record[part]] for part in _WITH_PLACES}}
+
+
+def likeness(record: Record) -> str:
+    """A hash of what the run is, wherever and beside whatever it is kept."""
+    run = {name: value for name, value in record["run"].items() if name not in _PASSING}
+    rest = {part: rows for part, rows in movable(record).items() if part not in _OF_OTHERS}
+    return hashlib.sha256(json.dumps({**rest, "run": run}, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,275 @@
+"""Keeps record.json and metrics.csv in every run's directory up to date, never on the training path.
+
+`DirectoryService` reads from a `Feed` (the store) and writes where each run's directory is. What it promises:
+
+* **A copy, the database is the truth.** Both files are written as a whole, from one moment of the database, and
+  appear under their names when they are complete. So whatever dies anywhere, the next time writes the same again.
+* **In time.** The record within seconds of the run's end and at most once a minute before; the points at the end, and
+  while a run is small every few minutes. What is committed after the end makes both be written again.
+* **Patient.** A storage that fails is left alone for growing pauses, one warning when that begins and one when it
+  ends; runs elsewhere go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator.backends.storage import Storage
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.directory import files
+from orchestrator.errors import ConfigError, NotFound, UserError
+from orchestrator.records import RunStatus
+from orchestrator.store.views import ChangedRuns, ChunkRow, SinkCursor
+from orchestrator.tracking.breaker import CircuitBreaker
+
+logger = logging.getLogger(__name__)
+
+SINK = "directory"
+"""Names its cursors."""
+
+
+class Snapshot(Protocol):
+    """One run at one moment."""
+
+    record: dict[str, Any]
+    points: int
+
+    def chunks(self) -> Iterator[ChunkRow]: ...
+
+
+class Feed(Protocol):
+    """What is read, and where the cursor is kept. `Store` is one. All methods raise `UserError` when it is away."""
+
+    def try_lock(self, sink: str) -> bool: ...
+    def unlock(self, sink: str) -> None: ...
+    def changed_runs(self, after: int = 0) -> ChangedRuns: ...
+    def whereabouts(self, runs: Iterable[str]) -> dict[str, tuple[RunStatus, str]]: ...
+    def snapshot(self, run: str) -> AbstractContextManager[Snapshot]: ...
+    def cursor(self, sink: str, run: str = "") -> SinkCursor: ...
+    def save_cursor(self, sink: str, run: str, cursor: SinkCursor) -> None: ...
+
+
+@dataclass(kw_only=True)
+class DirectoryConfig:
+    interval: float = 1.0
+    """Pause between steps."""
+    while_running: float = 60.0
+    """Least time between two records of a run that goes on."""
+    after_end: float = 5.0
+    """Least time between two of a run that has ended, when more of it arrives."""
+    metrics_every: float = 300.0
+    """Least time between two metrics.csv of a run that goes on."""
+    cheap_points: int = 200_000
+    """A run that goes on and has more of them gets its metrics.csv at its end."""
+    budget: float = 5.0
+    """A step begins no further run after so many seconds."""
+    aside: float = 5.0
+    """Pause before a run whose directory could not be written is tried again; doubles up to ten minutes."""
+
+
+@dataclass(slots=True)
+class _Written:
+    """What this process wrote of a run. After a restart it is not known, and all is written again when it changes."""
+
+    at: float
+    metrics_at: float
+    is_final: bool
+
+
+@dataclass(slots=True)
+class _Aside:
+    until: float
+    pause: float
+
+
+class DirectoryService:
+    """One thread calls `step` or `run`; `stop` and `health` may be called from any. A crash costs nothing."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        open_storage: Callable[[str], Storage] = Storage,
+        config: DirectoryConfig | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._feed, self._open = feed, open_storage
+        self._config = config or DirectoryConfig()
+        self._clock = clock or SystemClock()
+        self._feed_breaker = CircuitBreaker(threshold=1)
+        self._roots: dict[str, CircuitBreaker] = {}
+        self._dirty: OrderedDict[str, None] | None = None  # runs that changed since they were written; None: not read
+        self._saved: tuple[str, ...] | None = None
+        self._seen = 0
+        self._written: dict[str, _Written] = {}
+        self._aside: dict[str, _Aside] = {}
+        self._count = 0
+        self._last_error = ""
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Repeats `step` until `stop`; then lets go of the lock."""
+        while not self._stopped.is_set():
+            more = self.step(self._clock.monotonic())
+            self._stopped.wait(0 if more else self._config.interval)
+        try:
+            self._feed.unlock(SINK)
+        except UserError as error:
+            logger.debug("the lock of the directories is not given back: %s", error)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def step(self, now: float) -> bool:
+        """Writes what is due, for about `budget` seconds. True when more is due at once. `now` is monotonic."""
+        if not self._feed_breaker.allows(now):
+            return False
+        try:
+            more = self._step(now)
+        except UserError as error:
+            self._dirty = None
+            if self._feed_breaker.failed(now):
+                logger.warning("run directories wait for the database: %s", error)
+            return False
+        except Exception as error:
+            # A defect must not end the thread: what is not written is tried again.
+            self._last_error = str(error)
+            self._feed_breaker.failed(now)
+            logger.exception("run directories cannot be written")
+            return False
+        if self._feed_breaker.succeeded():
+            logger.warning("run directories have the database back")
+        return more
+
+    def _step(self, now: float) -> bool:
+        if not self._feed.try_lock(SINK):
+            self._dirty = None  # the other one moves the cursor; ours would be stale
+            return False
+        dirty = self._noticed()
+        found = self._feed.whereabouts(dirty) if dirty else {}
+        late = now + self._config.budget
+        for run in list(dirty):
+            status, directory = found.get(run, (RunStatus.created, ""))
+            if not directory:  # removed, or kept in the database only
+                self._forget(run, dirty)
+            elif self._is_due(run, status, directory, now):
+                self._write_safely(run, status, directory, dirty)
+                if self._clock.monotonic() >= late:
+                    break
+        self._save(dirty)
+        now = self._clock.monotonic()
+        return any(run in dirty and self._is_due(run, *place, now) for run, place in found.items() if place[1])
+
+    # -- when
+
+    def _is_due(self, run: str, status: RunStatus, directory: str, now: float) -> bool:
+        aside = self._aside.get(run)
+        if (aside is not None and now < aside.until) or not self._root(directory).allows(now):
+            return False
+        written = self._written.get(run)
+        if written is None or (status.is_terminal and not written.is_final):
+            return True
+        return now >= written.at + (self._config.after_end if status.is_terminal else self._config.while_running)
+
+    def _wants_metrics(self, run: str, status: RunStatus, points: int, now: float) -> bool:
+        if status.is_terminal:
+            return True
+        written = self._written.get(run)
+        since = now - written.metrics_at if written else 0.0
+        return points <= self._config.cheap_points and since >= self._config.metrics_every
+
+    # -- what
+
+    def _write_safely(self, run: str, status: RunStatus, directory: str, dirty: OrderedDict[str, None]) -> None:
+        root = self._root(directory)
+        try:
+            self._write(run, directory)
+        except NotFound:  # removed meanwhile
+            self._forget(run, dirty)
+            return
+        except (OSError, ConfigError) as error:
+            self._put_aside(run, error, dirty)
+            if root.failed(self._clock.monotonic()):
+                logger.warning("run directories cannot be written, training goes on: %s", error, extra={"run": run})
+            return
+        except UserError:
+            raise
+        except Exception as error:  # a defect of ours that one run triggers must not stop all others
+            self._put_aside(run, error, dirty)
+            logger.exception("the directory of a run cannot be written", extra={"run": run})
+            return
+        if root.succeeded():
+            logger.warning("run directories can be written again")
+        self._aside.pop(run, None)
+        dirty.pop(run, None)
+        self._count += 1
+
+    def _write(self, run: str, directory: str) -> None:
+        began = self._clock.monotonic()
+        before = self._written.get(run)
+        metrics_at = before.metrics_at if before else began
+        with self._feed.snapshot(run) as snapshot:
+            status = RunStatus(snapshot.record["run"]["status"])
+            storage = self._open(directory)
+            files.write_record(storage, snapshot.record)
+            if self._wants_metrics(run, status, snapshot.points, began):
+                files.write_metrics(storage, snapshot.chunks())
+                metrics_at = began
+        self._written[run] = _Written(began, metrics_at, status.is_terminal)
+
+    def _put_aside(self, run: str, error: Exception, dirty: OrderedDict[str, None]) -> None:
+        before = self._aside.get(run)
+        pause = self._config.aside if before is None else min(600.0, before.pause * 2)
+        self._aside[run] = _Aside(self._clock.monotonic() + pause, pause)
+        self._last_error = str(error)
+        dirty.move_to_end(run)  # perhaps only this one's directory is broken: the next try is another's
+
+    def _forget(self, run: str, dirty: OrderedDict[str, None]) -> None:
+        dirty.pop(run, None)
+        self._written.pop(run, None)
+        self._aside.pop(run, None)
+
+    def _root(self, directory: str) -> CircuitBreaker:
+        root = directory.rsplit("/", 2)[0]
+        return self._roots.setdefault(root, CircuitBreaker(threshold=1, first_pause=5.0, longest_pause=300.0))
+
+    # -- which runs
+
+    def _noticed(self) -> OrderedDict[str, None]:
+        if self._dirty is None:
+            cursor = self._feed.cursor(SINK)
+            self._seen = cursor.facts
+            self._dirty = OrderedDict.fromkeys(cursor.state.get("runs", ()))
+            self._saved = tuple(sorted(self._dirty))
+        changed = self._feed.changed_runs(self._seen)
+        if changed.runs:
+            self._dirty.update(dict.fromkeys(changed.runs))
+            self._saved = None  # the cursor alone moves with every transaction of anyone: not worth a write
+        self._seen = changed.cursor
+        return self._dirty
+
+    def _save(self, dirty: Iterable[str]) -> None:
+        """What changed and is not written stands beside the cursor, so that no crash forgets it."""
+        runs = tuple(sorted(dirty))
+        if runs != self._saved:
+            self._feed.save_cursor(SINK, "", SinkCursor(facts=self._seen, state={"runs": list(runs)}))
+            self._saved = runs
+        for run in [run for run, written in self._written.items() if written.is_final and run not in runs]:
+            if self._clock.monotonic() > self._written[run].at + self._config.metrics_every:
+                del self._written[run]
+
+    def health(self) -> dict[str, Any]:
+        """Small and plain. Never raises."""
+        return {
+            "sink": SINK,
+            "written": self._count,
+            "waiting": len(self._dirty or ()),
+            "aside": sorted(self._aside),
+            "last_error": self._last_error,
+        }

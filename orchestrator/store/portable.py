@@ -1,0 +1,375 @@
+"""One run as plain values, all of its rows and points, and back into a database.
+
+A *record* is a dict of JSON values: times are ISO 8601 in UTC, NaN and ±inf are the strings nan, inf, -inf. It has
+everything that is known about the run but its points, and nothing that means something in one database only (row
+numbers, transaction ids). What a later schema adds to a table is in the record by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+from sqlalchemy import DateTime, Double, Table, Uuid
+from sqlalchemy.dialects.postgresql import JSONB
+
+from orchestrator.errors import NotFound
+from orchestrator.records import POINT, Batch, Stream
+from orchestrator.store import chunks
+from orchestrator.store import tables as t
+from orchestrator.store.binary import COPY_END, COPY_HEADER, numpy_cursor
+from orchestrator.store.errors import BadRecord, RunIsThere
+from orchestrator.store.reading import CHUNK_COLUMNS, decoded
+from orchestrator.store.views import ChunkRow, FeedPosition
+
+Record = dict[str, Any]
+Connection = psycopg.Connection[Any]
+
+PROTOCOL = 1
+"""Version of the record. A reader refuses what it does not know."""
+
+CHUNKS_AT_ONCE = 50
+"""Read from the server in one piece; a chunk holds at most as many points as one batch of a producer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A table of which a run has many rows."""
+
+    table: Table
+    order: str
+    stays: frozenset[str] = frozenset()
+    """Columns that mean something in this database only."""
+
+    def columns(self) -> list[str]:
+        return [column.name for column in self.table.c if column.name not in self.stays | {"run_id", "xid"}]
+
+
+PARTS: Mapping[str, _Part] = {
+    "attempts": _Part(table=t.attempts, order="attempt", stays=frozenset({"lease_until", "alive_at"})),
+    "params": _Part(table=t.params, order='name COLLATE "C"'),
+    "tags": _Part(table=t.tags, order='name COLLATE "C"'),
+    "notes": _Part(table=t.notes, order="id", stays=frozenset({"id"})),
+    "events": _Part(table=t.events, order="id", stays=frozenset({"id"})),
+    "checkpoints": _Part(table=t.checkpoints, order="created_at, step, id"),
+    "artifacts": _Part(table=t.artifacts, order="id", stays=frozenset({"id"})),
+    # Watermarks: after a removal and an import, a spool that was left somewhere adds nothing twice.
+    "producers": _Part(table=t.producers, order="uuid", stays=frozenset({"id"})),
+}
+
+_RUN_STAYS = {"number", "experiment_id", "dataset_version_id", "sweep_id", "deleted_at", "xid"}
+_RUN_COLUMNS = [column.name for column in t.runs.c if column.name not in _RUN_STAYS]
+_SUMMARY_COLUMNS = [column.name for column in t.metric_summaries.c if column.name not in ("run_number", "key_id")]
+
+
+# -- out of a database -------------------------------------------------------------------------------------------------
+
+
+class RunSnapshot:
+    """One run at one moment: its record and its points belong together. Use it inside `Store.snapshot`."""
+
+    def __init__(self, connection: Connection, run: str) -> None:
+        self._connection = connection
+        # A server in another time zone could not name the last hours of the year 9999.
+        connection.execute("SET LOCAL TIME ZONE 'UTC'")
+        with connection.cursor(row_factory=dict_row) as cursor:
+            columns = sql.SQL(", ").join(sql.Identifier("r", name) for name in _RUN_COLUMNS)
+            found = cursor.execute(
+                sql.SQL(
+                    "SELECT {}, r.number, coalesce(r.sweep_id, '') AS sweep, e.name AS experiment"
+                    " FROM runs r JOIN experiments e ON e.id = r.experiment_id WHERE r.id = %s AND r.deleted_at IS NULL"
+                ).format(columns),
+                (run,),
+            ).fetchone()
+            if found is None:
+                raise NotFound("run", run)
+            self._number = found.pop("number")
+            parts = {name: _rows(cursor, part, run) for name, part in PARTS.items()}
+            parents = cursor.execute(
+                "SELECT parent_id AS run, kind, checkpoint_id AS checkpoint, step, who, created_at FROM run_edges"
+                " WHERE child_id = %s ORDER BY parent_id, kind",
+                (run,),
+            ).fetchall()
+            summaries = cursor.execute(
+                sql.SQL(
+                    'SELECT k.name AS "key", {} FROM metric_summaries s JOIN metric_keys k ON k.id = s.key_id'
+                    ' WHERE s.run_number = %s ORDER BY k.name COLLATE "C", s.rank'
+                ).format(sql.SQL(", ").join(sql.Identifier("s", name) for name in _SUMMARY_COLUMNS)),
+                (self._number,),
+            ).fetchall()
+            keys = sorted({row["key"] for row in summaries})
+            metrics = cursor.execute(
+                "SELECT name, unit, direction, reduction FROM metric_keys WHERE name = ANY(%s)"
+                ' ORDER BY name COLLATE "C"',
+                (keys,),
+            ).fetchall()
+        self._keys = keys
+        self.points: int = sum(row["count"] for row in summaries)
+        """How many there are."""
+        self.record: Record = _plain(
+            {
+                "protocol": PROTOCOL,
+                "run": found,
+                "parents": parents,
+                "metrics": metrics,
+                "summaries": summaries,
+                **parts,
+            }
+        )
+
+    def chunks(self) -> Iterator[ChunkRow]:
+        """All points, by key; within a key by attempt and rank, as they were written. Held in memory piece by piece."""
+        for place, key in enumerate(self._keys):
+            with numpy_cursor(self._connection, name=f"points_{place}") as cursor:
+                cursor.execute(
+                    f"SELECT {CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
+                    " WHERE c.run_number = %s AND k.name = %s ORDER BY c.attempt, c.rank, c.id",
+                    (self._number, key),
+                )
+                while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
+                    yield from map(_chunk, rows)
+
+
+def _chunk(row: Sequence[Any]) -> ChunkRow:
+    steps, times, values = decoded(row)
+    return ChunkRow(
+        key=row[7], attempt=row[0], rank=row[1], steps=steps, times=times, values=values,
+        position=FeedPosition(xid=row[8], id=row[9]),
+    )  # fmt: skip
+
+
+def _rows(cursor: psycopg.Cursor[Any], part: _Part, run: str) -> list[dict[str, Any]]:
+    columns = sql.SQL(", ").join(map(sql.Identifier, part.columns()))
+    query = sql.SQL("SELECT {} FROM {} WHERE run_id = %s ORDER BY {}").format(
+        columns, sql.Identifier(part.table.name), sql.SQL(part.order)
+    )
+    return cursor.execute(query, (run,)).fetchall()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    if isinstance(value, UUID):
+        return value.hex
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+# -- into a database ---------------------------------------------------------------------------------------------------
+
+
+def insert(
+    connection: Connection, record: Record, points: Iterable[ChunkRow], key_ids: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Writes the run as it was; the caller commits. Gives the parents that are not here, whose edges are left out.
+
+    `key_ids` knows every metric key of the record. Raises RunIsThere, BadRecord.
+    """
+    run = record["run"]
+    number, watermarks = _make_room(connection, run["id"])
+    number = _insert_run(connection, record, number)
+    for name, part in PARTS.items():
+        rows = [_with_watermark(row, watermarks) for row in record[name]] if name == "producers" else record[name]
+        _insert_rows(connection, name, part, run["id"], rows)
+    _keep_watermarks(connection, run["id"], record["producers"], watermarks)
+    _insert_points(connection, record, points, number, key_ids)
+    return _insert_parents(connection, run["id"], record["parents"])
+
+
+_Watermarks = dict[UUID, tuple[int, int, int, int]]
+"""Producer -> attempt, rank, points, facts."""
+
+
+def _make_room(connection: Connection, run: str) -> tuple[int | None, _Watermarks]:
+    """What is left of a run of that id that was removed: its number, which others may remember, and its watermarks."""
+    found = connection.execute(
+        "SELECT number, deleted_at, directory FROM runs WHERE id = %s FOR UPDATE", (run,)
+    ).fetchone()
+    if found is None:
+        return None, {}
+    number, deleted_at, directory = found
+    if deleted_at is None or directory:
+        raise RunIsThere(run, is_half_removed=deleted_at is not None)
+    rows = connection.execute("SELECT uuid, attempt, rank, points, facts FROM producers WHERE run_id = %s", (run,))
+    watermarks = {row[0]: (row[1], row[2], row[3], row[4]) for row in rows}
+    connection.execute("DELETE FROM runs WHERE id = %s", (run,))
+    return number, watermarks
+
+
+def _insert_run(connection: Connection, record: Record, number: int | None) -> int:
+    run = dict(record["run"])
+    experiment, sweep = run.pop("experiment"), run.pop("sweep")
+    if unknown := set(run) - set(_RUN_COLUMNS):
+        raise BadRecord("run", f"it has the unknown column {min(unknown)}: a newer version wrote it.")
+    connection.execute(
+        "INSERT INTO experiments (project, name, who) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+        (run["project"], experiment, run["who"]),
+    )
+    if sweep:
+        connection.execute(
+            "INSERT INTO sweeps (id, project, who) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+            (sweep, run["project"], run["who"]),
+        )
+    if number is None:
+        number = _one(connection.execute("SELECT nextval(pg_get_serial_sequence('runs', 'number'))"))
+    values = {name: _typed(t.runs, name, value) for name, value in run.items()}
+    values |= {"number": number, "sweep_id": sweep or None}
+    query = sql.SQL(
+        "INSERT INTO runs ({}, experiment_id) SELECT {}, id FROM experiments WHERE project = {} AND name = {}"
+    ).format(
+        sql.SQL(", ").join(map(sql.Identifier, values)),
+        sql.SQL(", ").join(sql.SQL("%s") for _ in values),
+        sql.SQL("%s"),
+        sql.SQL("%s"),
+    )
+    connection.execute(query, [*values.values(), run["project"], experiment])
+    return number
+
+
+def _insert_rows(connection: Connection, name: str, part: _Part, run: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
+    columns = list(rows[0])
+    if unknown := {column for row in rows for column in row} - set(part.columns()):
+        raise BadRecord(name, f"it has the unknown column {min(unknown)}: a newer version wrote it.")
+    query = sql.SQL("INSERT INTO {} (run_id, {}) VALUES (%s, {})").format(
+        sql.Identifier(part.table.name),
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join(sql.SQL("%s") for _ in columns),
+    )
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            query, [(run, *(_typed(part.table, column, row[column]) for column in columns)) for row in rows]
+        )
+
+
+def _with_watermark(row: Mapping[str, Any], watermarks: _Watermarks) -> dict[str, Any]:
+    known = watermarks.get(UUID(hex=row["uuid"]))
+    return {**row, **({"points": max(row["points"], known[2]), "facts": max(row["facts"], known[3])} if known else {})}
+
+
+def _keep_watermarks(
+    connection: Connection, run: str, rows: Sequence[Mapping[str, Any]], watermarks: _Watermarks
+) -> None:
+    """Producers that the record does not know: they sent something after it was removed, which was dropped."""
+    written = {UUID(hex=row["uuid"]) for row in rows}
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO producers (uuid, run_id, attempt, rank, points, facts) VALUES (%s, %s, %s, %s, %s, %s)",
+            [(uuid, run, *known) for uuid, known in watermarks.items() if uuid not in written],
+        )
+
+
+def _insert_points(
+    connection: Connection, record: Record, points: Iterable[ChunkRow], number: int, key_ids: Mapping[str, int]
+) -> None:
+    producers = connection.execute("SELECT attempt, rank, id FROM producers WHERE run_id = %s", (record["run"]["id"],))
+    producer_ids = {(attempt, rank): producer for attempt, rank, producer in producers}
+    counts: Counter[tuple[str, int]] = Counter()
+    with connection.cursor() as cursor:
+        with cursor.copy(f"COPY metric_chunks ({chunks.COPY_COLUMNS}) FROM STDIN (FORMAT binary)") as copy:
+            copy.write(COPY_HEADER)
+            for block in points:
+                if block.key not in key_ids:
+                    raise BadRecord("points", f"there are some of {block.key!r}, of which the record knows nothing.")
+                counts[block.key, block.rank] += len(block.values)
+                for chunk in chunks.columns(_as_batch(block)).chunks:
+                    copy.write(
+                        chunks.copy_row(
+                            chunk, run_number=number, key_id=key_ids[block.key], attempt=block.attempt, rank=block.rank,
+                            producer_id=producer_ids.get((block.attempt, block.rank), 0),
+                        )
+                    )  # fmt: skip
+            copy.write(COPY_END)
+        _check_counts(record["summaries"], counts)
+        columns = ("run_number", "key_id", *_SUMMARY_COLUMNS)
+        query = sql.SQL("INSERT INTO metric_summaries ({}) VALUES ({})").format(
+            sql.SQL(", ").join(map(sql.Identifier, columns)), sql.SQL(", ").join(sql.SQL("%s") for _ in columns)
+        )
+        for row in record["summaries"]:
+            values = [_typed(t.metric_summaries, name, row[name]) for name in _SUMMARY_COLUMNS]
+            cursor.execute(query, [number, key_ids[row["key"]], *values])
+
+
+def _check_counts(summaries: Sequence[Mapping[str, Any]], counts: Mapping[tuple[str, int], int]) -> None:
+    told = {(row["key"], row["rank"]): row["count"] for row in summaries}
+    for key, rank in sorted({*told, *counts}):
+        found, wanted = counts.get((key, rank), 0), told.get((key, rank), 0)
+        if found != wanted:
+            raise BadRecord("points", f"{found} of {key} on rank {rank}, where the record tells of {wanted}.")
+
+
+def _as_batch(block: ChunkRow) -> Batch:
+    rows = np.zeros(len(block.values), dtype=POINT)
+    rows["step"], rows["time"], rows["value"] = block.steps, block.times, block.values
+    return Batch(
+        producer="", run="", attempt=block.attempt, rank=block.rank, stream=Stream.points, first=1, count=len(rows),
+        keys=(block.key,), payload=rows.tobytes(),
+    )  # fmt: skip
+
+
+def _insert_parents(connection: Connection, run: str, parents: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    missing = []
+    for edge in parents:
+        made = connection.execute(
+            "INSERT INTO run_edges (parent_id, child_id, kind, checkpoint_id, step, who, created_at)"
+            " SELECT id, %s, %s, %s, %s, %s, %s FROM runs WHERE id = %s AND deleted_at IS NULL",
+            (
+                run, edge["kind"], edge["checkpoint"], edge["step"], edge["who"],
+                datetime.fromisoformat(edge["created_at"]), edge["run"],
+            ),
+        )  # fmt: skip
+        if made.rowcount == 0:
+            missing.append(edge["run"])
+    return tuple(missing)
+
+
+def declare_metrics(connection: Connection, metrics: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """Ids of the keys. What is declared here already stays: keys belong to all runs."""
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO metric_keys AS k (name, unit, direction, reduction) VALUES (%s, %s, %s, %s)"
+            " ON CONFLICT (name) DO UPDATE SET unit = coalesce(nullif(k.unit, ''), excluded.unit),"
+            " direction = coalesce(nullif(k.direction, ''), excluded.direction),"
+            " reduction = coalesce(nullif(k.reduction, ''), excluded.reduction)",
+            [(row["name"], row["unit"], row["direction"], row["reduction"]) for row in metrics],
+        )
+    names = [row["name"] for row in metrics]
+    return dict(connection.execute("SELECT name, id FROM metric_keys WHERE name = ANY(%s)", (names,)).fetchall())
+
+
+def _typed(table: Table, column: str, value: Any) -> Any:
+    """The value as the column takes it."""
+    kind = table.c[column].type
+    if value is None:  # where there must be something, it was JSON's null
+        return Jsonb(None) if isinstance(kind, JSONB) and not table.c[column].nullable else None
+    if isinstance(kind, JSONB):
+        return Jsonb(value)
+    if isinstance(kind, DateTime):
+        return datetime.fromisoformat(value)
+    if isinstance(kind, Double):
+        return float(value)
+    if isinstance(kind, Uuid):
+        return UUID(hex=value)
+    return value
+
+
+def _one(cursor: psycopg.Cursor[Any]) -> Any:
+    row = cursor.fetchone()
+    assert row is not None
+    return row[0]
