@@ -1,14 +1,19 @@
-"""What ships: the wheel has one import package, and the application as data inside it."""
+"""What ships: the wheel has one import package, and the application as data inside it. Installed, it runs a job."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.plugins.own_stack import OwnStack
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("orchestrator", "actors", "jobs", "cluster")
@@ -83,6 +88,53 @@ def test_the_installed_application_is_found_and_runs(installed: Path, tmp_path: 
     variables = {"PYTHONPATH": f"{root}:{installed}", "PATH": ""}
     helped = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
     assert helped.returncode == 0, helped.stdout + helped.stderr
+
+
+TRAIN = """
+import orchestrator
+from cluster import WHOSE
+
+
+def train(run, cfg):
+    run.tags({"whose": WHOSE, "orchestrator": orchestrator.__file__})
+    run.log({"value": 42.0}, step=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment in which the wheel is the one thing that was installed.
+
+    What it depends on is seen through a path file: installing all of that again would take minutes. Path files of the
+    other environment, such as an editable installation of ours, are not followed.
+    """
+    root = tmp_path_factory.mktemp("environment")
+    root.parent.chmod(0o711)
+    venv.create(root, with_pip=False, symlinks=True)
+    (site,) = root.glob("lib/python*/site-packages")
+    dependencies = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
+    (site / "dependencies.pth").write_text("\n".join(sorted(dependencies)) + "\n")
+    command = ["-m", "pip", "--python", str(root / "bin" / "python"), "install", "--quiet", "--no-deps", "--no-index"]
+    done = subprocess.run([sys.executable, *command, str(wheel)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def test_the_installed_wheel_runs_a_job_of_somebodys_project(environment: Path, tmp_path: Path) -> None:
+    """`orc up`, `orc submit`, `orc down` and nothing of the checkout."""
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "__init__.py").write_text("WHOSE = 'theirs'\n")
+    (tmp_path / "mine.py").write_text(TRAIN)
+    with OwnStack(environment / "bin") as stack:
+        stack.orc("up", "ray.num_cpus=2")
+        words = ("train=mine:train", "resources.workers=1", "--working-dir", str(tmp_path), "--json")
+        job = json.loads(stack.orc("submit", *words))
+        assert (job["status"], job["exit_code"]) == ("SUCCEEDED", 0)
+        shown = json.loads(stack.orc("show", job["run"], "--json"))
+        assert (shown["status"], shown["job"]) == ("FINISHED", job["job"])
+        tags = shown["tags"]
+        assert tags["whose"] == "theirs"
+        assert Path(tags["orchestrator"]).is_relative_to(environment)
 
 
 def files(folder: Path) -> set[str]:
