@@ -36,6 +36,7 @@ def start_services(stack: Stack) -> dict[str, Any]:
     import ray
 
     from actors import mirrors, node_agents, tracker
+    from orchestrator.execution.handles import node_agent
 
     ray.init(address=stack.ray_address, namespace="orc", log_to_driver=False, logging_level=logging.ERROR)
     home = Path(stack.home)
@@ -45,14 +46,28 @@ def start_services(stack: Stack) -> dict[str, Any]:
         "database_url": stack.database_url,
         "spool_directory": spools,
         "lease": 15.0,
+        "agent_options": node_agents.OPTIONS.to_ray(),
     }
-    mirror_settings = {"database_url": stack.database_url, "tracking_uri": stack.mlflow_uri}
-    described = {"tracker": _start(tracker.start, tracker_settings, tracker.OPTIONS.name)}
-    if stack.mlflow_uri:
-        described["mirror"] = _start(mirrors.start, mirror_settings, mirrors.OPTIONS.name)
-    for node_id in node_agents.alive_nodes():
-        agent = node_agents.start(node_id, spool_directory=spools)
-        described[node_agents.options(node_id).name] = ray.get(agent.describe.remote(), timeout=60)
+    mirror_settings = {
+        "database_url": stack.database_url,
+        "tracking_uri": stack.mlflow_uri,
+        "dashboard": stack.ray_dashboard,
+    }
+    logging_settings = {"logs": str(home / "logs"), "debug": stack.debug}
+    described = {
+        "tracker": _start(tracker.start, {**tracker_settings, **logging_settings}, tracker.OPTIONS.name),
+        "mirror": _start(mirrors.start, {**mirror_settings, **logging_settings}, mirrors.OPTIONS.name),
+    }
+    agents = node_agents.agents(spools, stack.debug)
+    nodes = sorted(agents.living_nodes())
+    started = {node_id: agents.start(node_id) for node_id in nodes}
+    for node_id, agent in started.items():
+        name = node_agent(node_id)
+        described[name] = ray.get(agent.describe.remote(), timeout=60)
+        if (described[name]["debug"], described[name]["spool_directory"]) != (stack.debug, spools):
+            ray.kill(agent, no_restart=True)
+            _wait_until_gone(name)
+            described[name] = ray.get(agents.start(node_id).describe.remote(), timeout=60)
     return described
 
 

@@ -1,29 +1,21 @@
-"""The node agents: one per node, pinned to it. If one dies Ray starts it again on the same node."""
+"""The node agents: one per node, pinned to it. If one dies Ray starts it again on the same node.
+
+The tracker's process starts them where nodes join later; see orchestrator/execution/agents.py.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import ray
-
 from actors.options import ActorOptions
-from orchestrator.execution.handles import NAMESPACE, node_agent
+from orchestrator.execution.handles import NAMESPACE, RemoteAgents, node_agent
 from orchestrator.execution.services import NodeProcess
 
-
-def options(node_id: str) -> ActorOptions:
-    return ActorOptions(
-        name=node_agent(node_id),
-        namespace=NAMESPACE,
-        label_selector={"ray.io/node-id": node_id},
-        max_concurrency=4,
-    )
+OPTIONS = ActorOptions(
+    name=node_agent("<node id>"),  # name and label_selector are filled in per node
+    namespace=NAMESPACE,
+    max_concurrency=4,  # a look at its backlog must not wait for a look at a slow disk
+)
 
 
-def start(node_id: str, *, spool_directory: str) -> Any:
-    """The agent of a node, started if there is none."""
-    return ray.remote(NodeProcess).options(**options(node_id).to_ray()).remote(spool_directory)
-
-
-def alive_nodes() -> list[str]:
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+def agents(spool_directory: str, debug: str = "") -> RemoteAgents:
+    """Those of this cluster, and how one is started."""
+    return RemoteAgents(NodeProcess, OPTIONS.to_ray(), spool_directory, debug)

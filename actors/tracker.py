@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -18,7 +19,17 @@ OPTIONS = ActorOptions(
 )
 
 
-def start(*, log_directory: str, database_url: str, spool_directory: str, lease: float, settings: str) -> Any:
+def start(
+    *,
+    log_directory: str,
+    database_url: str,
+    spool_directory: str,
+    lease: float,
+    agent_options: Mapping[str, Any],
+    logs: str,
+    debug: str,
+    settings: str,
+) -> Any:
     """The running tracker, started if there is none."""
     actor = ray.remote(TrackerProcess).options(**OPTIONS.to_ray())
-    return actor.remote(log_directory, database_url, spool_directory, lease, settings)
+    return actor.remote(log_directory, database_url, spool_directory, lease, agent_options, logs, debug, settings)

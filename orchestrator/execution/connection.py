@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import ClusterCapacity, Enabled, NodeCapacity, Settings, redact_url
 from orchestrator.errors import ConfigError, ServiceUnavailable
+from orchestrator.execution.placement import Node, nodes
 from orchestrator.stack import Stack
 
 
-def connect(stack: Stack) -> Any:
-    """The stack's tracker, over a connection to its Ray that this process then has. Raises ServiceUnavailable."""
+def connect(stack: Stack, metadata: Mapping[str, str] | None = None) -> Any:
+    """The stack's tracker, over a connection to its Ray that this process then has. Raises ServiceUnavailable.
+
+    `metadata` is shown with the Ray job.
+    """
     if not stack.ray_address:
         raise ServiceUnavailable(
             "ray", stack.home, "this stack has no Ray.", "Start it with `orc up ray.enabled=true`."
         )
     os.environ.update(stack.client_environment())
     import ray
+    from ray.job_config import JobConfig
 
     from orchestrator.execution import handles
 
@@ -29,7 +37,11 @@ def connect(stack: Stack) -> Any:
             raise ServiceUnavailable("ray", stack.ray_address, "nothing listens there.", "Start it with `orc up`.")
         try:
             ray.init(
-                address=stack.ray_address, namespace=handles.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+                address=stack.ray_address,
+                namespace=handles.NAMESPACE,
+                job_config=JobConfig(metadata=dict(metadata or {})),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, RuntimeError) as error:
             hint = "Start it with `orc up`; `orc doctor` tells more."
@@ -49,6 +61,28 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+def submission_id() -> str:
+    """The id under which `ray job submit` runs this driver; '' outside a job."""
+    with contextlib.suppress(ValueError, KeyError):
+        return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]["job_submission_id"]
+    return ""
+
+
+def job_id() -> str:
+    """What Ray calls this connection; every driver has one."""
+    import ray
+
+    return ray.get_runtime_context().get_job_id()
+
+
+def own_node() -> Node:
+    """The node to which this process is connected."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return next(node for node in nodes() if node.id == mine)
 
 
 def check_stack(settings: Settings, stack: Stack) -> None:
@@ -80,13 +114,10 @@ def _listens(address: str) -> bool:
 
 def capacity() -> ClusterCapacity:
     """All that the living nodes can ever give."""
-    import ray
-
-    nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            nodes.append(
-                NodeCapacity(cpus=has.get("CPU", 0), gpus=has.get("GPU", 0), memory_gb=has.get("memory", 0) / 1e9)
-            )
-    return ClusterCapacity(nodes=tuple(nodes))
+    living = [node.resources for node in nodes() if node.is_alive]
+    return ClusterCapacity(
+        nodes=tuple(
+            NodeCapacity(cpus=has.get("CPU", 0), gpus=has.get("GPU", 0), memory_gb=has.get("memory", 0) / 1e9)
+            for has in living
+        )
+    )

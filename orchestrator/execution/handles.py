@@ -1,4 +1,5 @@
-"""Finds our services on the cluster and speaks to them. The only library module that waits for Ray calls.
+"""Finds our services on the cluster, speaks to them, starts node agents. The only library module that waits for Ray
+calls.
 
 A service may die and come back under its name at any time, so a call looks its handle up again when the last one
 failed. Ray's own exceptions end here: callers see ConnectionError, TimeoutError, or the service's own error.
@@ -7,6 +8,7 @@ failed. Ray's own exceptions end here: callers see ConnectionError, TimeoutError
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -18,11 +20,12 @@ from orchestrator.records import Ack, RunSpec, RunTicket
 NAMESPACE = "orc"
 TRACKER = "orc-tracker"
 MIRROR = "orc-mirror"
+_NODE_AGENT = "orc-node-agent-"
 
 
 def node_agent(node_id: str) -> str:
     """Name of the agent of one node."""
-    return f"orc-node-agent-{node_id[:12]}"
+    return f"{_NODE_AGENT}{node_id[:12]}"
 
 
 class Remote:
@@ -76,6 +79,53 @@ class RemoteTracker:
 
     def health(self) -> Mapping[str, Any]:
         return self._remote.call("health")
+
+
+class RemoteAgents:
+    """The node agents of the cluster: which there are, and how one is started or given up.
+
+    `options` are Ray's, from `actors/options.py`, without what differs from node to node.
+    """
+
+    def __init__(self, process: type, options: Mapping[str, Any], spool_directory: str, debug: str = "") -> None:
+        self._process, self._options, self._arguments = process, options, (spool_directory, debug)
+
+    def living_nodes(self) -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def present(self) -> set[str]:
+        """Names of agents that run, or that Ray tries to start again."""
+        named = ray.util.list_named_actors(all_namespaces=True)
+        names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
+        # A run's own actors have a slash in their names, whatever the run is called.
+        return {name for name in names if name.startswith(_NODE_AGENT) and "/" not in name}
+
+    def start(self, node_id: str) -> Any:
+        """The agent of a node, started if there is none. Does not wait for it."""
+        own = {"name": node_agent(node_id), "label_selector": {"ray.io/node-id": node_id}}
+        return ray.remote(self._process).options(**{**self._options, **own}).remote(*self._arguments)
+
+    def give_up(self, name: str) -> None:
+        """Ends an agent whose node is gone; Ray would try to start it there for ever."""
+        try:
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        except ValueError:
+            return  # gone already
+
+
+def ask_agents(node_ids: Sequence[str], method: str, *args: Any, timeout: float) -> dict[str, Any]:
+    """What the agent of each node answers; a ConnectionError or TimeoutError in the place of an answer that is not
+    there. Asks all at once.
+    """
+    with ThreadPoolExecutor(max_workers=min(len(node_ids), 32) or 1) as pool:
+        return dict(zip(node_ids, pool.map(lambda node: _answer(node, method, args, timeout), node_ids), strict=True))
+
+
+def _answer(node_id: str, method: str, args: Sequence[Any], timeout: float) -> Any:
+    try:
+        return Remote(node_agent(node_id), timeout).call(method, *args)
+    except (ConnectionError, TimeoutError) as error:
+        return error
 
 
 def tracker(address: str) -> RemoteTracker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from orchestrator.execution.ray_names import Identity, title_process, worker_names
 from orchestrator.execution.worker import Plan, train_rank
 
 
@@ -28,19 +29,23 @@ def torch_trainer(
         placement_strategy=placement,
     )
     ticket = plan.ticket
+    identity = Identity.of(ticket)
     run_config = RunConfig(
         name=f"{ticket.run}-attempt-{ticket.attempt}",  # a directory: the run's own name may hold a slash
         storage_path=storage,
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+        callbacks=worker_names(identity),
     )
 
     def loop() -> str:
         context = ray.train.get_context()
+        title_process(identity.process(context.get_world_rank()))
         return train_rank(
             plan,
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             local_rank=context.get_local_rank(),
+            node=ray.get_runtime_context().get_node_id(),
         )
 
     # Not as `train_loop_config`, which Ray Train keeps and exports: the plan holds the user's secrets in clear.

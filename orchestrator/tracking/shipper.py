@@ -1,11 +1,14 @@
 """Ships the spools of one node to the tracker: those of living producers as they grow, those of dead ones to the end.
 
-Run by the node agent, which outlives the trainers.
+Run by the node agent, which outlives the trainers. Two nodes may share a machine, and then its spool directory: one of
+their agents ships, the others stand by.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,20 +31,57 @@ class Tracker(Protocol):
         ...
 
 
+class Turn:
+    """Whose turn it is to ship a spool directory: one process on this machine has it, until it dies.
+
+    A lock on a file in the directory, so the next one takes over at once, whatever became of the node, the cluster or
+    the head under which the one before it ran. One per process and directory: closing any other descriptor of the file
+    in the same process would give the lock up.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / ".turn"
+        self._fd = -1
+
+    def is_mine(self) -> bool:
+        """Takes the turn if it is free."""
+        if self._fd >= 0:
+            return True
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        return True
+
+    def end(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class Shipper:
     """One per node. `step` sends what is new once; `run` repeats it.
 
     A batch is sent again until it is acknowledged; the tracker drops what it has. A spool is removed when its producer
-    is dead and everything in it is committed.
+    is dead and everything in it is committed. Several on one directory do no harm: one ships, and when it dies another
+    goes on, with the spools of producers that are dead, too.
     """
 
     PAUSE = 0.05
     """Seconds between looks at the spools."""
+    STANDBY = 0.5
+    """Seconds between looks whether it is this one's turn."""
     ROUND_BYTES = 8 << 20
 
     def __init__(self, root: Path, tracker: Tracker, clock: Clock | None = None) -> None:
         prepare_root(root)
         self._root, self._tracker, self._clock = root, tracker, clock or SystemClock()
+        self._turn = Turn(root)
+        self.is_shipping = False
+        """It is this one's turn; False: another process on this machine ships the directory."""
         self._readers: dict[str, SpoolReader] = {}
         self._readers_lock = threading.Lock()
         """`backlog` is asked from other threads while `step` adds and removes readers."""
@@ -63,13 +103,21 @@ class Shipper:
                 logger.exception("shipping failed; trying again")
                 moved = False
             if not moved:
-                self._stop.wait(self.PAUSE if self.failures == 0 else min(0.2 * 2 ** min(self.failures, 5), 5.0))
+                self._stop.wait(self._pause())
+        self._turn.end()
 
     def stop(self) -> None:
         self._stop.set()
 
+    def _pause(self) -> float:
+        if not self.is_shipping:
+            return self.STANDBY
+        return self.PAUSE if self.failures == 0 else min(0.2 * 2 ** min(self.failures, 5), 5.0)
+
     def step(self) -> bool:
         """One round. True if something was taken, so that there may be more to send at once."""
+        if not self._is_my_turn():
+            return False
         self._discover()
         batches = self._collect()
         try:
@@ -99,6 +147,13 @@ class Shipper:
                 "not_accepted": sum(r.logged(s) - r.accepted(s) for r in readers for s in Stream),
                 "not_committed": sum(r.logged(s) - r.committed(s) for r in readers for s in Stream),
             }
+
+    def _is_my_turn(self) -> bool:
+        mine = self._turn.is_mine()
+        if mine and not self.is_shipping:
+            logger.info("shipping %s", self._root)
+        self.is_shipping = mine
+        return mine
 
     def _discover(self) -> None:
         for directory in spools(self._root):

@@ -169,6 +169,9 @@ def test_ray_job_submit_with_plain_tooling(orc: Orc) -> None:
     assert job.returncode == 0, out
     run = orc.json("ls", "--limit", "1")[0]
     assert (run["status"], run["job"]) == ("FINISHED", "digits-1")
+    job = orc.dashboard("/api/jobs/digits-1")
+    assert job["status"] == "SUCCEEDED"
+    assert (job["metadata"]["orc.run"], job["metadata"]["orc.attempt"]) == (run["run"], "1")
 
 
 def test_ray_job_stop_ends_in_a_terminal_state(orc: Orc) -> None:

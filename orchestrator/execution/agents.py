@@ -1,0 +1,69 @@
+"""An agent on every node: started where one joins, given up where one is gone. Run by the tracker's process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Agents(Protocol):
+    """What there is, and what can be done about it; `handles.RemoteAgents`. Any call may raise."""
+
+    def living_nodes(self) -> set[str]: ...
+    def present(self) -> set[str]: ...
+    def start(self, node_id: str) -> Any: ...
+    def give_up(self, name: str) -> None: ...
+
+
+def to_start(living: Iterable[str], present: Iterable[str], name_of: Callable[[str], str]) -> list[str]:
+    """Nodes without an agent. Ray itself starts an agent again that died on a living node."""
+    known = set(present)
+    return sorted(node for node in living if name_of(node) not in known)
+
+
+def to_give_up(living: Iterable[str], present: Iterable[str], name_of: Callable[[str], str]) -> list[str]:
+    """Names of agents whose node is gone. A node that comes back has another id, and gets another agent."""
+    wanted = {name_of(node) for node in living}
+    return sorted(set(present) - wanted)
+
+
+class AgentWatch:
+    """Keeps one agent on every living node. `step` looks once; `run` repeats it until `stop`."""
+
+    PAUSE = 1.0
+    """Seconds between looks: how long a node that joins may be without an agent."""
+
+    def __init__(self, agents: Agents, name_of: Callable[[str], str]) -> None:
+        self._agents, self._name_of = agents, name_of
+        self._stop = threading.Event()
+        self._is_failing = False
+
+    def run(self) -> None:
+        while not self._stop.wait(self.PAUSE):
+            try:
+                self.step()
+                self._is_failing = False
+            except Exception:
+                # The head may be away, or Ray in the middle of something: the next look may find it in order.
+                if not self._is_failing:
+                    logger.warning("the nodes' agents could not be looked after; trying again", exc_info=True)
+                self._is_failing = True
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def step(self) -> None:
+        # In this order: an agent that starts in between belongs to a node that is counted as living.
+        present = self._agents.present()
+        living = self._agents.living_nodes()
+        for node in to_start(living, present, self._name_of):
+            logger.info("starting an agent on node %s", node)
+            self._agents.start(node)
+        if living:
+            for name in to_give_up(living, present, self._name_of):
+                logger.info("the node of %s is gone", name)
+                self._agents.give_up(name)

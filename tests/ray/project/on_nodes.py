@@ -1,0 +1,49 @@
+"""Train functions for jobs that are spread over several nodes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+
+@dataclass
+class Epochs:
+    epochs: int = 4
+    steps: int = 20
+    pause: float = 0.0
+    """Seconds per step."""
+    journal: str = ""
+
+
+def averages(run, cfg: Epochs) -> None:
+    """DDP: each step averages the ranks' gradients; each epoch ends with a checkpoint. Says where its ranks are, and
+    notes beside its points how many it logged.
+    """
+    import ray
+    import torch
+
+    context = ray.get_runtime_context()
+    run.event(
+        "placed", run.rank, node=context.get_node_id(), address=ray.util.get_node_ip_address(), pid=os.getpid(),
+        actor=context.get_actor_id(),
+    )  # fmt: skip
+    model = torch.nn.Linear(4, 1)
+    model = run.prepare(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    state = run.state(model=model, optimizer=optimizer)
+    journal = os.path.join(cfg.journal, f"attempt-{run.attempt}-rank-{run.rank}") if cfg.journal else ""
+    count = 0
+    for epoch in run.epochs(cfg.epochs):
+        for _ in range(cfg.steps):
+            optimizer.zero_grad()
+            loss = model(torch.full((8, 4), float(run.rank + 1))).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            run.log({"loss": loss, "count": count}, step=epoch * cfg.steps + count % cfg.steps)
+            count += 1
+            if journal:
+                with open(journal, "w") as file:
+                    file.write(str(count))
+            time.sleep(cfg.pause)
+        run.report({"epoch_done": epoch}, state=state)
