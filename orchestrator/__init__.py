@@ -1,1 +1,60 @@
-"""Experiment orchestrator for PyTorch on Ray."""
+"""Experiment orchestrator for PyTorch on Ray.
+
+    import orchestrator
+
+    with orchestrator.start_run(experiment="digits", params={"lr": 0.1}) as run:
+        run.log({"loss": 0.5})
+
+Everything here is loaded when it is first used: the import alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.catalog import open_catalog as open_catalog
+    from orchestrator.errors import OrchestratorError as OrchestratorError
+    from orchestrator.errors import UserError as UserError
+    from orchestrator.execution.script import start_run as start_run
+    from orchestrator.execution.script_callbacks import TrainCallback as TrainCallback
+    from orchestrator.execution.script_callbacks import TuneCallback as TuneCallback
+    from orchestrator.training.run import Run as Run
+    from orchestrator.training.run import RunStopped as RunStopped
+
+_HOMES = {
+    "OrchestratorError": "orchestrator.errors",
+    "Run": "orchestrator.training.run",
+    "RunStopped": "orchestrator.training.run",
+    "TrainCallback": "orchestrator.execution.script_callbacks",
+    "TuneCallback": "orchestrator.execution.script_callbacks",
+    "UserError": "orchestrator.errors",
+    "open_catalog": "orchestrator.catalog",
+    "start_run": "orchestrator.execution.script",
+}
+"""The public names, and the module that has each."""
+
+__all__ = [
+    "OrchestratorError",
+    "Run",
+    "RunStopped",
+    "TrainCallback",
+    "TuneCallback",
+    "UserError",
+    "open_catalog",
+    "start_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

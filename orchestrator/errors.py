@@ -94,6 +94,18 @@ class RunIsActive(UserError):
         )
 
 
+class RunExists(UserError):
+    """An id that was chosen for a new run belongs to one that is over, or to one with another config."""
+
+    def __init__(self, run: str, status: str) -> None:
+        super().__init__(run, status)
+        self.run, self.status = run, status
+
+    def __str__(self) -> str:
+        what = "has FINISHED already" if self.status == "FINISHED" else f"exists ({self.status}) with another config"
+        return f"Run {self.run} {what}. Leave --run-id out to get a new run; `orc show {self.run}` tells of that one."
+
+
 class IllegalTransition(UserError):
     """A run cannot go from one status to the other."""
 

@@ -9,7 +9,6 @@ import difflib
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,6 +49,17 @@ class MlflowSettings:
 
 
 @dataclass(kw_only=True)
+class ApiSettings:
+    """The server that lets others look, see orchestrator/api."""
+
+    enabled: str = "auto"
+    host: str = ""
+    """The address to listen on; empty: as the last time, at first 127.0.0.1."""
+    port: int = 0
+    """0: 8600 or the next free one."""
+
+
+@dataclass(kw_only=True)
 class RaySettings:
     enabled: str = "auto"
     address: str = ""
@@ -73,6 +83,8 @@ class TrackingSettings:
     spool_dir: str = ""
     """Where each node keeps what was logged and is not in PostgreSQL yet: a local disk. Empty: as the last time, at
     first `spools` in the data directory."""
+    debug: str = ""
+    """Services that log in detail, with commas between them: tracker, mirror, directory, node, api. Empty: none."""
 
 
 @dataclass(kw_only=True)
@@ -81,6 +93,7 @@ class StackSettings:
 
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
     mlflow: MlflowSettings = field(default_factory=MlflowSettings)
+    api: ApiSettings = field(default_factory=ApiSettings)
     ray: RaySettings = field(default_factory=RaySettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
@@ -146,6 +159,12 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         return ""
     if text == EMBEDDED:
         return text
+    if key == "tracking.debug":
+        from orchestrator.json_logs import SERVICE_COMPONENTS, check_components  # `orc ls` reads a stack without it
+
+        names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+        check_components(key, names, SERVICE_COMPONENTS)
+        return ",".join(names)
     if key == "database.url" and text:
         scheme = next((s for s in SCHEMES if text.startswith(s)), None)
         if scheme is None:
@@ -157,6 +176,8 @@ def _checked(key: str, value: Any, kind: type) -> Any:
     if key == "mlflow.tracking_uri" and text and not re.match(r"(https?|sqlite|databricks|uc)(:|$)", text):
         hint = "Write http://host:5000, sqlite:////path/mlflow.db, or embedded."
         raise ConfigError(key, value, "is no tracking URI.", hint)
+    if key == "api.host" and re.search(r"[^\w.:-]", text):
+        raise ConfigError(key, value, "is no address.", "Write 127.0.0.1, 0.0.0.0 or one address of this host.")
     if key == "ray.address" and text and not re.fullmatch(r"[^/\s]+:\d+", text):
         hint = "Give the address of the cluster's head, such as 10.0.0.1:6379, or embedded."
         raise ConfigError(key, value, "is no host:port.", hint)
@@ -175,6 +196,9 @@ class Stack:
     mlflow_uri: str = field(default="", repr=False)
     """Empty: no MLflow."""
     mlflow_artifacts: str = ""
+    api_url: str = ""
+    """Empty: no API server."""
+    api_token_path: str = ""
     ray_address: str = ""
     """Empty: no Ray."""
     ray_dashboard: str = ""
@@ -183,7 +207,9 @@ class Stack:
     storage_url: str = ""
     spool_directory: str = ""
     processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What was started here: name (postgres, mlflow, ray) -> pid, started (psutil's create_time), port, command …"""
+    """What was started here: name (postgres, mlflow, api, ray) -> pid, started (psutil's create_time), port …"""
+    debug: str = ""
+    """Services that log in detail, with commas between them."""
     services: Mapping[str, Any] = field(default_factory=dict)
     """The actors that were started on Ray, and with which settings."""
     external: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -230,7 +256,7 @@ class Stack:
     def save(self) -> None:
         """Replaces the file as a whole; only its owner can read it."""
         file = Path(self.home) / "stack.json"
-        fresh = file.with_name(f".stack.json.{secrets.token_hex(4)}.tmp")
+        fresh = file.with_name(f".stack.json.{os.urandom(4).hex()}.tmp")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as out:
             json.dump(asdict(self), out, indent=2)
@@ -258,6 +284,8 @@ class Stack:
             "DO_NOT_TRACK": "true",
             # Ray Train looks at its workers every 2 s by default, and each report waits for that look.
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            # A full cluster is waited for, with a word about what is missing; by default Train gives up after minutes.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
             # What a rank prints goes to its log once; Ray Train would log each print a second time.
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
             # Workers stay where they are until ours takes them to the user's directory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -12,6 +13,9 @@ import pytest
 
 from cluster.postgres import EmbeddedPostgres
 from orchestrator.backends import postgres as server_of
+
+# The models here are tiny: torch's threads would only wait for each other, and for those of other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ("tests.plugins.runs",)
 

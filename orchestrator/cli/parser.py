@@ -80,18 +80,55 @@ def _composition(parser: argparse.ArgumentParser) -> None:
 def _train(parser: argparse.ArgumentParser) -> None:
     _composition(parser)
     parser.add_argument("--name", metavar="NAME", help="the run's name (default: a pronounceable one)")
+    parser.add_argument("--run-id", metavar="ID", default="", help="the id that the new run shall have (default: made)")
+    _local(parser)
+
+
+def _local(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--local", action="store_true", help="without Ray: the ranks are processes of this host")
+
+
+def _submit(parser: argparse.ArgumentParser) -> None:
+    _composition(parser)
+    parser.add_argument("--name", metavar="NAME", help="the run's name (default: a pronounceable one)")
+    parser.add_argument("--working-dir", metavar="DIR", default=".", help="the project to send (default: here)")
+    parser.add_argument(
+        "--exclude", metavar="PATTERN", action="append", default=[],
+        help="what is not sent, as in a .gitignore; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--env", metavar="NAME", action="append", default=[],
+        help="an environment variable that the job gets from here; no secrets: who may list jobs can read it",
+    )  # fmt: skip
+    parser.add_argument("--detach", "-d", action="store_true", help="do not wait for the job")
+    parser.add_argument(
+        "--id", metavar="ID", default="", help="the job's id; a job that has it already is followed, not started again"
+    )
+    parser.add_argument(
+        "--address", metavar="URL", default="",
+        help="the cluster's job server, http://HEAD:8265 (default: $RAY_API_SERVER_ADDRESS, else the stack's)",
+    )  # fmt: skip
 
 
 def _resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what shall be different in this attempt")
     parser.add_argument("--config-dir", metavar="DIR", help="a directory with configs of your own")
+    _local(parser)
 
 
 def _services(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="e.g. database.url=… ray.address=… mlflow.enabled=false"
     )
+
+
+def _api(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api", metavar="URL", default="",
+        help="ask the API server of another host, http://HEAD:8600 (default: $ORC_API_URL, else the stack); its token "
+        "is taken from $ORC_API_TOKEN or the file $ORC_API_TOKEN_PATH",
+    )  # fmt: skip
 
 
 def _ls(parser: argparse.ArgumentParser) -> None:
@@ -103,10 +140,16 @@ def _ls(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", "-n", metavar="N", type=_positive, default=20, help="newest N (default 20)")
     parser.add_argument("--all", "-a", action="store_true", help="no limit")
+    _api(parser)
 
 
 def _run_reference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="?", default="last", help=f"{RUN} (default)")
+
+
+def _show(parser: argparse.ArgumentParser) -> None:
+    _run_reference(parser)
+    _api(parser)
 
 
 def _cancel(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +164,32 @@ def _logs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attempt", metavar="N", type=_positive, help="default: the newest")
     parser.add_argument("--tail", "-n", metavar="N", type=_natural, help="only the last N lines of each file")
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
+    parser.add_argument("--structured", action="store_true", help="the JSON lines instead, of all sources by time")
+    parser.add_argument(
+        "--service", metavar="NAME", default="", help="the log of a service instead: tracker, mirror, node, mlflow …"
+    )
+    _api(parser)
+
+
+def _rm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
+    parser.add_argument("--force", action="store_true", help="also a run that has not ended, as far as anybody knows")
+    parser.add_argument("--keep-files", action="store_true", help="remove the record, leave the run's directory")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask; needed where there is no terminal")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _run_reference(parser)
+    parser.add_argument(
+        "--output", "-o", metavar="FILE|DIR", default="",
+        help="a .tar.gz or .tar, else a directory; must not exist yet (default: <run>.tar.gz)",
+    )  # fmt: skip
+    parser.add_argument("--no-checkpoints", action="store_true", help="leave checkpoints out")
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE|DIR", help="made by `orc export`")
 
 
 def _metrics(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +200,14 @@ def _metrics(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", metavar="N", type=_natural, help="only this rank")
     parser.add_argument("--attempt", metavar="N", type=_positive, help="only this attempt")
     parser.add_argument("--csv", action="store_true", help="comma-separated values")
+    _api(parser)
+
+
+def _diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="RUN[@ATTEMPT]", help=RUN)
+    parser.add_argument("second", metavar="RUN[@ATTEMPT]", help=RUN)
+    parser.add_argument("--code", action="store_true", help="show the changed lines of source files")
+    _api(parser)
 
 
 def _config_diff(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +255,14 @@ VERBS: tuple[Verb, ...] = (
         epilog="example: orc run train=my_project.digits:train resources.workers=2 optim.lr=0.01",
     ),
     Verb(
+        name="submit",
+        topic=TRAINING,
+        summary="train as a Ray job: send this directory to the cluster, follow the job's output",
+        target="submit:submit",
+        define=_submit,
+        epilog="example: orc submit train=my_project.digits:train optim.lr=0.01 --exclude data/ --detach",
+    ),
+    Verb(
         name="resume",
         topic=TRAINING,
         summary="go on with a run that was interrupted, as its next attempt",
@@ -193,7 +278,7 @@ VERBS: tuple[Verb, ...] = (
         define=_cancel,
     ),
     Verb(name="ls", topic=LOOKING, summary="list runs, newest first", target="runs:ls", define=_ls),
-    Verb(name="show", topic=LOOKING, summary="everything about one run", target="runs:show", define=_run_reference),
+    Verb(name="show", topic=LOOKING, summary="everything about one run", target="runs:show", define=_show),
     Verb(name="logs", topic=LOOKING, summary="what a run's processes printed", target="logs:logs", define=_logs),
     Verb(
         name="metrics",
@@ -203,7 +288,38 @@ VERBS: tuple[Verb, ...] = (
         define=_metrics,
         epilog="example: orc metrics last val/accuracy --csv > accuracy.csv",
     ),
-    Verb(name="experiments", topic=LOOKING, summary="list experiments", target="runs:experiments"),
+    Verb(
+        name="diff",
+        topic=LOOKING,
+        summary="what differs between two runs: config, code, data, packages, machines, results",
+        target="diff:diff",
+        define=_diff,
+        epilog="RUN@2 is its second attempt. Exit codes: 0 same config, code, data and environment, 1 not the same.",
+    ),
+    Verb(
+        name="rm",
+        topic=LOOKING,
+        summary="remove runs for good: the record, then the files",
+        target="removal:rm",
+        define=_rm,
+        epilog="example: orc rm last --dry-run. A copy in MLflow stays.",
+    ),
+    Verb(
+        name="export",
+        topic=LOOKING,
+        summary="write a run with all of its files as one bundle",
+        target="bundle:export",
+        define=_export,
+        epilog="example: orc export last --output run.tar.gz",
+    ),
+    Verb(
+        name="import",
+        topic=LOOKING,
+        summary="bring in a run that was exported elsewhere",
+        target="bundle:import_",
+        define=_import,
+    ),
+    Verb(name="experiments", topic=LOOKING, summary="list experiments", target="runs:experiments", define=_api),
     Verb(
         name="up",
         topic=SERVICES,
@@ -273,7 +389,7 @@ GROUPS = tuple(dict.fromkeys(verb.name.split()[0] for verb in VERBS if " " in ve
 
 
 def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
-    """The verb and its arguments, among them `json`, `home` (a Path) and `debug`.
+    """The verb and its arguments, among them `json`, `home` (a Path), `home_is_given` and `debug`.
 
     Raises UsageError; `--help` prints and raises SystemExit(0).
     """
@@ -298,6 +414,7 @@ def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     arguments = parser.parse_intermixed_args(rest)
     for option, default in (("json", False), ("home", None), ("debug", False)):
         setattr(arguments, option, getattr(arguments, option, getattr(before, option, default)))
+    arguments.home_is_given = bool(arguments.home)
     arguments.home = Path(arguments.home).expanduser().absolute() if arguments.home else default_home()
     return verb, arguments
 

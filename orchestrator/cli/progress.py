@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from orchestrator.catalog.headline import by_weight
 from orchestrator.cli import text
 
 if TYPE_CHECKING:
@@ -75,11 +76,7 @@ def position(view: View) -> str:
 def chosen_metrics(metrics: Mapping[str, float], most: int = MAX_METRICS) -> list[tuple[str, float]]:
     """Those that tell most, when not all fit: what is validated or tested before what is trained, the rest by name."""
 
-    def weight(key: str) -> tuple[int, str]:
-        prefix = key.split("/")[0]
-        return (0 if prefix in ("val", "valid", "validation", "test", "eval") else 1 if prefix == "train" else 2, key)
-
-    return [(key, metrics[key]) for key in sorted(metrics, key=weight)[:most]]
+    return [(key, metrics[key]) for key in by_weight(metrics)[:most]]
 
 
 class LineDisplay:

@@ -47,7 +47,10 @@ def _cluster(verb: str, arguments: argparse.Namespace, output: Output, settings:
 
 
 def environment(arguments: argparse.Namespace, output: Output) -> int:
-    variables = Stack.load(arguments.home).client_environment()
+    stack = Stack.load(arguments.home)
+    variables = stack.client_environment()
+    if stack.api_url:
+        variables |= {"ORC_API_URL": stack.api_url, "ORC_API_TOKEN_PATH": stack.api_token_path}
 
     def render() -> None:
         for name, value in sorted(variables.items()):

@@ -23,7 +23,7 @@ METRICS_AT_THE_END = 12
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    return _trained(composed(arguments, name=arguments.name), arguments, output)
+    return _trained(composed(arguments, name=arguments.name), arguments, output, new_run=arguments.run_id)
 
 
 def resume(arguments: argparse.Namespace, output: Output) -> int:
@@ -42,12 +42,17 @@ def resume(arguments: argparse.Namespace, output: Output) -> int:
     return _trained(job, arguments, output, run=interrupted.run)
 
 
-def _trained(job: Job, arguments: argparse.Namespace, output: Output, *, run: str = "") -> int:
-    from orchestrator.execution import driver  # after the config is known to be right: it imports ray
+def _trained(job: Job, arguments: argparse.Namespace, output: Output, *, run: str = "", new_run: str = "") -> int:
+    from orchestrator.execution import choice, driver  # after the config is known to be right: it imports ray
 
+    place = choice.choose_place(
+        job.settings, arguments.home, local=arguments.local, warn=lambda line: output.message(f"orc: {line}")
+    )
     display = progress.display(output.stderr if output.as_json else output.stdout)
     try:
-        outcome = driver.train(job, home=arguments.home, progress=display, run=run)
+        outcome = driver.train(
+            job, home=arguments.home, progress=display, run=run, new_run=new_run, open_place=place
+        )
     finally:
         display.close()
     output.result(outcome, lambda: render(outcome, output))

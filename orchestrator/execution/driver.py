@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import getpass
-import json
 import logging
 import math
 import os
@@ -23,22 +22,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 from orchestrator.config import (
     Job,
     Resume,
-    SecretFilter,
     redact_text,
     render,
 )
+from orchestrator.directory import layout
+from orchestrator.directory.identity import Identity
 from orchestrator.errors import ServiceUnavailable, UserError
 from orchestrator.execution.on_ray import OnRay
 from orchestrator.execution.place import Place
+from orchestrator.execution.ray_names import job_metadata
+from orchestrator.execution.run_logs import driver_log, structured
 from orchestrator.execution.worker import STOPPED, Plan, copy_to_storage, local_directory, log_path
 from orchestrator.failures.classify import Decision, Evidence, RanksFailed, after, first_cause
-from orchestrator.provenance.capture import capture
+from orchestrator.provenance.record import record
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
+from orchestrator.store.names import run_id
 from orchestrator.tracking.logger import Logger
 
 logger = logging.getLogger(__name__)
@@ -101,20 +105,24 @@ def train(
     home: Path | None = None,
     progress: Progress | None = None,
     run: str = "",
-    open_place: Callable[[Stack], Place] = OnRay,
+    new_run: str = "",
+    open_place: Callable[[Stack], Place] | None = None,
 ) -> Outcome:
     """Runs `job` on the stack of `home`, as the next attempt of `run` if that is given, and waits for its end.
 
+    `new_run` is the id that a new run shall have, see RunSpec.new_run. `open_place` says where: on Ray, if not given.
     Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable, RunIsActive.
     A run that fails does not raise: the outcome says so.
     """
     progress = progress or Silent()
     stack = Stack.load(home)
+    # The id is chosen here, so that the Ray job can carry it from its first moment.
+    spec = replace(_spec(job, stack), run=run, new_run=new_run or run_id(time.time()))
     progress.phase("connecting")
-    place = open_place(stack)
+    place = open_place(stack) if open_place else OnRay(stack, job_metadata(spec))
     try:
         place.check(job.settings)
-        return _attempts(job, stack, place, replace(_spec(job, stack), run=run), progress)
+        return _attempts(job, stack, place, replace(spec, job=place.job), progress)
     finally:
         place.close()
 
@@ -163,6 +171,7 @@ class _Attempt:
         self._abort = False
         self._over = threading.Event()
         self._announced = ""
+        self._waited_for = ""
         self._spools = self._tracker.describe()["spool_directory"]
         self._facts = Logger(Path(self._spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
 
@@ -185,12 +194,13 @@ class _Attempt:
     def _logged(self) -> tuple[RunStatus, str, Mapping[str, Any]]:
         """The attempt, with what the driver logs in a file of the run's directory."""
         log = log_path(self._ticket, rank=-1)
-        with _log_file(log, self._job.secrets):
+        debug = self._job.settings.tracking.debug
+        with driver_log(log, self._ticket, secrets=self._job.secrets, components=debug):
             logger.info("attempt %d of run %s begins", self._ticket.attempt, self._ticket.run)
             self._describe()
             status, reason, error = self._train()
             logger.info("it ended %s %s", status.value, reason)
-        copy_to_storage(self._ticket, log)
+        copy_to_storage(self._ticket, log, structured(log))
         return status, reason, error
 
     # -- the three parts
@@ -200,9 +210,26 @@ class _Attempt:
         directory.mkdir(parents=True, exist_ok=True)
         _write_config(directory, self._job)
         copy_to_storage(self._ticket, directory / "config.json", directory / "config.yaml")
-        provenance = capture()
-        provenance["command"] = [redact_text(word, self._job.secrets) for word in provenance["command"]]
-        self._fact(FactKind.provenance, provenance)
+        self._identify(RunStatus.running)
+        settings = self._job.settings
+        recorded = record(
+            directory,
+            attempt=self._ticket.attempt,
+            config=self._job.resolved,
+            config_hash=self._job.hash,
+            settings=settings.provenance,
+            code_paths=_code_paths(),
+            environ=os.environ,
+            secrets=self._job.secrets,
+            seed=settings.run.seed,
+            resources=self._place.resources,
+            outside=(*_local_storage(settings.storage.url or self._stack.storage_url), self._stack.home),
+        )
+        copy_to_storage(self._ticket, *recorded.files)
+        self._fact(FactKind.provenance, recorded.values)
+        for warning in recorded.warnings if self._ticket.attempt == 1 else ():
+            logger.warning("%s", warning)
+            self._fact(FactKind.event, {"kind": "source-incomplete", "level": "warning", "message": warning})
 
     def _train(self) -> tuple[RunStatus, str, Mapping[str, Any]]:
         self._progress.phase("starting workers")
@@ -231,6 +258,7 @@ class _Attempt:
                 "the record is not in PostgreSQL yet; it will be as soon as the tracker and the database answer"
             )
         self._facts.close()
+        self._identify(status, reason)
         self._over.set()
         live = self._live()
         outcome = Outcome(
@@ -262,6 +290,16 @@ class _Attempt:
         done = self._decide(status, error).words
         return {**error, "step": step, "done": done, "log": str(log_path(self._ticket, rank))}
 
+    def _identify(self, status: RunStatus, reason: str = "") -> None:
+        """Says in the run's directory which run this is and how it stands, for who reads it without a database."""
+        file = Path(local_directory(self._ticket)) / layout.IDENTITY
+        try:
+            file.write_bytes(Identity.of(self._ticket, status, time.time(), reason).encode())
+        except OSError as error:
+            logger.warning("%s could not be written: %s", file, error)
+            return
+        copy_to_storage(self._ticket, file)
+
     def _fit(self) -> str:
         return self._place.fit(self._plan(), self._job.settings)
 
@@ -280,6 +318,7 @@ class _Attempt:
             secrets=self._job.secrets,
             code_paths=_code_paths(),
             threads=max(int(settings.resources.cpus_per_worker), 1),
+            debug=tuple(settings.tracking.debug),
         )
 
     def _beat(self) -> None:
@@ -321,6 +360,13 @@ class _Attempt:
     def _show(self) -> None:
         """Tells the watcher what is new; who watches must not end a run."""
         try:
+            waits_for = self._place.waits_for()
+            if waits_for and waits_for != self._waited_for:
+                logger.info(waits_for)
+                self._announced = self._announced or waits_for
+            elif self._waited_for and not waits_for:
+                self._announced = self._announced or "starting workers"
+            self._waited_for = waits_for
             announced, self._announced = self._announced, ""
             if announced:
                 self._progress.phase(announced)
@@ -398,15 +444,7 @@ def _spec(job: Job, stack: Stack) -> RunSpec:
         seed=run.seed,
         lease=job.settings.tracking.lease,
         resume=run.resume is Resume.auto,
-        job=_submission_id(),
     )
-
-
-def _submission_id() -> str:
-    """The id under which `ray job submit` runs this driver; '' outside a job."""
-    with contextlib.suppress(ValueError, KeyError):
-        return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]["job_submission_id"]
-    return ""
 
 
 def _user() -> str:
@@ -429,6 +467,12 @@ def _code_paths() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*_working_directory(), *told, *(p for p in sys.path[:1] if p)]))
 
 
+def _local_storage(url: str) -> tuple[str, ...]:
+    """Where run directories lie, if that is on this host's disk."""
+    path = unquote(urlsplit(url).path) if url.startswith("file://") else url
+    return (os.path.abspath(os.path.expanduser(path)),) if path and "://" not in path else ()
+
+
 def _write_config(directory: Path, job: Job) -> None:
     (directory / "config.json").write_text(render(job, "json"))
     (directory / "config.yaml").write_text(render(job, "yaml"))
@@ -438,25 +482,6 @@ def _evidence(error: BaseException, secrets: Sequence[str]) -> Sequence[Evidence
     if isinstance(error, RanksFailed):
         return error.evidence
     return [Evidence(rank=-1, type=type(error).__name__, message=redact_text(str(error), secrets))]
-
-
-@contextlib.contextmanager
-def _log_file(path: Path, secrets: Sequence[str]) -> Iterator[None]:
-    """What the driver logs goes to `path` as well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    handler.addFilter(SecretFilter(secrets))
-    ours = logging.getLogger("orchestrator")
-    level = ours.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(level)
-        handler.close()
 
 
 @contextlib.contextmanager

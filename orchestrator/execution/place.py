@@ -31,6 +31,11 @@ class Place(Protocol):
     @property
     def tracker(self) -> Tracker: ...
 
+    @property
+    def job(self) -> str:
+        """Under which id Ray knows this driver (a submission's, else a job's); '' where there is no Ray."""
+        ...
+
     def check(self, settings: Settings) -> None:
         """Raises ConfigError when a run with these settings could never start here."""
         ...
@@ -41,6 +46,10 @@ class Place(Protocol):
 
     def fit(self, plan: Plan, settings: Settings) -> str:
         """Trains on all ranks. Blocks; returns DONE or STOPPED of worker.py. Raises RanksFailed."""
+        ...
+
+    def waits_for(self) -> str:
+        """During `fit`: what the ranks lack to begin, in words; '' when they lack nothing. Returns at once."""
         ...
 
     def close(self) -> None: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
@@ -10,13 +9,14 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.config import SecretFilter, redact_text
+from orchestrator.config import redact_text
+from orchestrator.execution.run_logs import rank_log, structured
 from orchestrator.failures.classify import Evidence, RankFailed
 from orchestrator.records import Fact, FactKind, RunTicket
 
@@ -47,11 +47,13 @@ class Plan:
     """What must not appear in logs and events."""
     threads: int = 1
     """CPU threads per worker."""
+    debug: tuple[str, ...] = ()
+    """Components that log in detail; see json_logs.py."""
 
 
-def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int) -> str:
-    """The life of one rank. Returns DONE or STOPPED; what the user's function raises is recorded and raised as
-    RankFailed.
+def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int, node: str = "") -> str:
+    """The life of one rank, on the cluster's node of that id. Returns DONE or STOPPED; what the user's function raises
+    is recorded and raised as RankFailed.
     """
     import torch
 
@@ -64,10 +66,10 @@ def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int) -> st
         Path(plan.spool_directory), run=ticket.run, attempt=ticket.attempt, rank=rank, max_bytes=plan.spool_bytes
     )
     try:
-        with _log_file(log_path(ticket, rank), plan.secrets):
-            return _run_user_function(plan, logger, rank, world_size, local_rank)
+        with rank_log(log_path(ticket, rank), ticket, rank, secrets=plan.secrets, components=plan.debug):
+            return _run_user_function(plan, logger, rank, world_size, local_rank, node)
     finally:
-        copy_to_storage(ticket, log_path(ticket, rank))
+        copy_to_storage(ticket, log_path(ticket, rank), structured(log_path(ticket, rank)))
         # The agent ships the rest in any case; waiting means that what follows the run sees all of it.
         logger.flush(plan.flush_timeout)
         logger.close()
@@ -82,9 +84,10 @@ def _enter(code_paths: tuple[str, ...]) -> None:
             sys.path.insert(0, path)
 
 
-def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, local_rank: int) -> str:
+def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, local_rank: int, node: str) -> str:
     from orchestrator.checkpoints.policy import CheckpointPolicy
     from orchestrator.config import config_schema, load_function, user_config
+    from orchestrator.provenance.ranks import of_rank
     from orchestrator.training.run import Run, RunStopped
 
     run: Run | None = None
@@ -100,6 +103,8 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
             checkpoints=CheckpointPolicy(**plan.checkpoints),
             config_hash=plan.config_hash,
         )
+        where = of_rank(rank, device=str(run.device), node=node)
+        logger.fact(Fact(kind=FactKind.provenance, at=time.time(), data=where))
         function(run, user_config(dict(plan.user), config_schema(function)))
         run.finish()
     except RunStopped:
@@ -121,7 +126,7 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
             "details": asdict(evidence),
         }
         logger.fact(Fact(kind=FactKind.event, at=evidence.at, data=data))
-        print(evidence.traceback, file=sys.stderr)
+        logging.getLogger(__name__).error("rank %d: %s: %s", rank, evidence.type, evidence.message, exc_info=True)
         raise RankFailed(evidence) from None
     return DONE
 
@@ -156,53 +161,3 @@ def copy_to_storage(ticket: RunTicket, *paths: Path) -> None:
     except Exception:
         # The run's own work must not fail for a copy of its log.
         logging.getLogger(__name__).exception("%s could not be copied to %s", local, ticket.directory)
-
-
-@contextlib.contextmanager
-def _log_file(path: Path, secrets: tuple[str, ...]) -> Iterator[None]:
-    """Sends what this process prints and logs to `path` as well, without secrets."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file:
-        out, err = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(out, file, secrets), _Tee(err, file, secrets)  # type: ignore[assignment]
-        # One handler, into what goes to both: those that Ray put there would write each line a second time.
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-        handler.addFilter(SecretFilter(secrets))
-        root = logging.getLogger()
-        handlers, level = root.handlers, root.level
-        root.handlers = [handler]
-        root.setLevel(min(level, logging.INFO))
-        try:
-            yield
-        finally:
-            root.handlers = handlers
-            root.setLevel(level)
-            sys.stdout, sys.stderr = out, err
-
-
-class _Tee:
-    """A text stream that writes to two. The log file must never break the user's print."""
-
-    def __init__(self, stream: TextIO, file: TextIO, secrets: tuple[str, ...]) -> None:
-        self._stream, self._file, self._secrets = stream, file, secrets
-
-    def write(self, text: str) -> int:
-        # Ray keeps what goes to the real stream in its session's logs, so a secret must not go there either.
-        shown = redact_text(text, self._secrets) if self._secrets else text
-        with contextlib.suppress(OSError, ValueError):
-            self._file.write(shown)
-        self._stream.write(shown)
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._file.flush()
-        self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -111,6 +111,16 @@ _NODE_LOST = re.compile(r"node (has )?died|node .*(was )?(terminated|lost|dead)\
 _KILLED = re.compile(
     r"ActorDied|ActorUnavailable|WorkerCrashed|WorkerHealthCheck|worker process has died", re.IGNORECASE
 )
+_NOT_STARTED = re.compile(r"raised in its creation task", re.IGNORECASE)
+"""Ray's word for a process of ours that could not even begin, most often because it cannot import something."""
+_HUNG_UP = re.compile(
+    r"(gloo|nccl|c10d|DistBackendError|DistNetworkError).*"
+    r"((closed|reset) by (remote )?peer|remote process exit|socket (was )?closed|peer closed)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What a collective says when the process at the other end is gone. A rank that raises an exception keeps its
+connections until its attempt is over, so nobody hears this from it.
+"""
 
 MENDED_BY_RESTART = frozenset({FailureKind.worker_killed, FailureKind.node_lost, FailureKind.service})
 
@@ -152,19 +162,27 @@ def _kind(cause: Evidence) -> FailureKind:
     text = f"{cause.type}: {cause.message}"
     if _OUT_OF_MEMORY.search(text):
         return FailureKind.out_of_memory
+    if _HUNG_UP.search(text):
+        return FailureKind.worker_killed  # an echo is the cause only where the rank that died left nothing behind
     if cause.traceback:
         return FailureKind.user_bug
     if _NODE_LOST.search(text):
         return FailureKind.node_lost
+    if _NOT_STARTED.search(text):
+        return FailureKind.unknown
     # Looked at after the memory patterns: Ray's text about a dead process guesses at the kernel's OOM killer, too.
     return FailureKind.worker_killed if _KILLED.search(text) else FailureKind.unknown
 
 
 def _what(kind: FailureKind, cause: Evidence) -> str:
     if kind is FailureKind.worker_killed:
+        if _is_echo(cause):
+            return "another rank's process died without a word; this is how it was noticed"
         return "the worker process died without a word"
     if kind is FailureKind.node_lost:
         return "the node was lost"
+    if _NOT_STARTED.search(cause.message):
+        return f"a process could not start: {cause.message.strip().splitlines()[-1].strip()}"
     first_line = next((line for line in cause.message.splitlines() if line.strip()), "")
     return f"{cause.type}: {first_line}" if first_line else cause.type
 

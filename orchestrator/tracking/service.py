@@ -7,6 +7,7 @@ PostgreSQL: it may be killed and started again at any time.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,11 @@ from orchestrator.tracking.live import LiveValues
 from orchestrator.tracking.wal import WriteAheadLog
 
 logger = logging.getLogger(__name__)
+
+VOUCH = 5.0
+"""Seconds between two words to other trackers on the same database that our attempts are looked after."""
+FIND = 10.0
+"""Seconds between two looks for attempts that nobody here has heard of."""
 
 
 class TrackerService:
@@ -56,7 +62,12 @@ class TrackerService:
         self._accepted: dict[tuple[str, Stream], int] = {}
         self._committed: dict[tuple[str, Stream], int] = {}
         self._leases = Leases(lease)
-        self._leases_loaded = False
+        self._others: dict[AttemptId, float] = {}
+        """Attempts whose driver has not spoken to this process, with the time of the last word that some tracker gave
+        for them: left by the one before us, or looked after by another one on the same database."""
+        self._ended: set[AttemptId] = set()
+        """Their end is accepted and perhaps not committed yet."""
+        self._find_at = self._vouch_at = -math.inf
         self._stopping: set[str] = set()
         self._live = LiveValues()
         self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap)
@@ -204,7 +215,8 @@ class TrackerService:
             return
         for fact in batch.facts():
             if fact.kind is FactKind.status and RunStatus(fact.data["status"]).is_terminal:
-                self._leases.end((batch.run, batch.attempt))
+                self._ended.add((batch.run, batch.attempt))
+                self._forget((batch.run, batch.attempt))
 
     def _on_commit(self, watermarks: Watermarks) -> None:
         self._committed.update(watermarks)
@@ -227,11 +239,13 @@ class TrackerService:
         ticket = self._store.open_attempt(spec, now=self._clock.now(), lease_seconds=spec.lease)
         self._stopping.discard(ticket.run)
         self._leases.begin((ticket.run, ticket.attempt), self._clock.monotonic(), spec.lease)
+        self._others.pop((ticket.run, ticket.attempt), None)
         return ticket
 
     def heartbeat(self, run: str, attempt: int) -> bool:
         """The attempt's driver is alive. True if the run should stop."""
         if self._leases.holds((run, attempt)):
+            self._others.pop((run, attempt), None)
             self._leases.renew((run, attempt), self._clock.monotonic())
         return run in self._stopping
 
@@ -244,20 +258,54 @@ class TrackerService:
         """Ends attempts that gave no sign of life, looks for requests to stop. Always False: it pauses between."""
         now = self._clock.monotonic()
         try:
-            if not self._leases_loaded:
-                for attempt, seconds in self._store.running_attempts().items():
-                    if not self._leases.holds(attempt):
-                        self._leases.begin(attempt, now, seconds)
-                self._leases_loaded = True
+            self._find(now)
             running = {run for run, _ in self._leases.remaining(now)}
             if running:
                 self._stopping |= self._store.cancel_requested(sorted(running))
-            for silent in self._leases.expired(now):
-                self._crash(silent)
+            self._judge(now)
+            self._vouch(now)
         except ServiceUnavailable:
-            # Verdicts wait for the database; nothing else does.
-            return False
+            # Verdicts wait for the database; nothing else does. Nobody could vouch for an attempt meanwhile, so that
+            # silence proves nothing.
+            for attempt in list(self._others):
+                self._leases.renew(attempt, now)
         return False
+
+    def _find(self, now: float) -> None:
+        """Attempts that run and were opened elsewhere: their driver may come here, or some tracker vouches for them."""
+        if now < self._find_at:
+            return
+        vouched, running = self._store.vouched(), self._store.running_attempts()
+        self._find_at = now + FIND
+        self._ended &= running.keys()
+        for attempt, seconds in running.items():
+            if not self._leases.holds(attempt) and attempt not in self._ended:
+                self._others[attempt] = vouched.get(attempt, 0.0)
+                self._leases.begin(attempt, now, max(seconds or 0.0, 3 * VOUCH))
+
+    def _judge(self, now: float) -> None:
+        expired = self._leases.expired(now)
+        vouched = self._store.vouched() if any(attempt in self._others for attempt in expired) else {}
+        for attempt in expired:
+            if attempt in self._others and attempt not in vouched:
+                self._forget(attempt)  # it ended, and another tracker was told
+            elif attempt in self._others and vouched[attempt] != self._others[attempt]:
+                self._others[attempt] = vouched[attempt]
+                self._leases.renew(attempt, now)
+            else:
+                self._crash(attempt)
+
+    def _vouch(self, now: float) -> None:
+        if now < self._vouch_at:
+            return
+        ours = [attempt for attempt in self._leases.remaining(now) if attempt not in self._others]
+        if ours or self._ended:
+            self._store.vouch([*ours, *self._ended], now=self._clock.now())
+        self._vouch_at = now + VOUCH
+
+    def _forget(self, attempt: AttemptId) -> None:
+        self._leases.end(attempt)
+        self._others.pop(attempt, None)
 
     def _crash(self, attempt: AttemptId) -> None:
         run, number = attempt
@@ -271,7 +319,7 @@ class TrackerService:
             raise
         except UserError as error:
             logger.info("run %s attempt %d had ended already: %s", run, number, error)
-        self._leases.end(attempt)
+        self._forget(attempt)
 
     def live(self, run: str) -> dict[str, Any]:
         """Newest values of a run; see LiveValues.of."""
@@ -286,7 +334,7 @@ class TrackerService:
     def health(self) -> Mapping[str, Any]:
         return {
             "pid": os.getpid(),
-            "running": len(self._leases.remaining(0.0)),
+            "running": len(self._leases.remaining(0.0).keys() - self._others.keys()),
             "producers": len({producer for producer, _ in self._accepted}),
             "log_bytes": self._log.size_bytes(),
             "lag_bytes": self._committer.lag_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -14,17 +15,21 @@ _SHORT_BYTES = 1024
 
 
 class Group:
-    """All ranks, over the process group that is already initialised. Every method is collective: all ranks call it,
-    in the same order. With one rank nothing is sent and torch.distributed is not needed.
+    """All ranks, over the process group, which must be initialised when the first method is called. Every method is
+    collective: all ranks call it, in the same order. With one rank nothing is sent and torch.distributed is not needed.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        if world_size > 1 and not dist.is_initialized():
-            raise RuntimeError(f"{world_size} ranks need torch.distributed: call init_process_group first.")
         self.rank, self.world_size = rank, world_size
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where what is sent has to lie."""
+        if not dist.is_initialized():
+            raise RuntimeError(f"{self.world_size} ranks need torch.distributed: call init_process_group first.")
         # NCCL moves only what is on the accelerator.
-        on_gpu = world_size > 1 and dist.get_backend() == "nccl"
-        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        on_gpu = dist.get_backend() == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def share(self, text: str) -> str:
         """Rank 0's text, on all ranks."""

@@ -1,0 +1,61 @@
+"""Where the ranks of `orc run` run: on the stack's Ray, or as processes of this host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from orchestrator.config import Enabled, Settings
+from orchestrator.errors import ConfigError
+from orchestrator.execution.place import Place
+from orchestrator.stack import Stack
+
+WARNING = (
+    "there is no Ray in this stack, so the ranks run as processes of this host. "
+    "`orc up` starts Ray; with --local or ray.enabled=false this is not mentioned."
+)
+_DATABASE_VARIABLE = "ORC_LOCAL_DATABASE_URL"
+
+
+def choose_place(
+    settings: Settings, home: Path, *, local: bool, warn: Callable[[str], None]
+) -> Callable[[Stack], Place] | None:
+    """None: on Ray. Else the local place, with its PostgreSQL up. Raises ConfigError, ServiceUnavailable."""
+    is_job = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    if not is_local(settings, Stack.find(home), asked=local, is_job=is_job):
+        return None
+    if not local and settings.ray.enabled is Enabled.auto:
+        warn(WARNING)
+    from orchestrator.execution.local import Locally
+    from orchestrator.tracking.local.stack_start import running_stack
+
+    words, variables = _words(settings)
+    running_stack(home, words, warn, variables)
+    return Locally
+
+
+def is_local(settings: Settings, stack: Stack | None, *, asked: bool, is_job: bool) -> bool:
+    """The decision, pure. `asked`: with --local; `is_job`: this process was started by Ray's job server."""
+    enabled = settings.ray.enabled
+    if asked and enabled is Enabled.true:
+        why = "is set, and --local asks for no Ray."
+        raise ConfigError("ray.enabled", "true", why, "Leave one of them out.")
+    if asked or enabled is Enabled.false:
+        return True
+    if enabled is Enabled.true or settings.ray.address or is_job:
+        return False
+    return stack is None or not stack.ray_address
+
+
+def _words(settings: Settings) -> tuple[list[str], Mapping[str, str]]:
+    """What `orc up` is told if nothing runs yet, and the environment for it: a URL may hold a password."""
+    words, variables = [], {}
+    if settings.database.url:
+        words.append(f"database.url=${{oc.env:{_DATABASE_VARIABLE}}}")
+        variables[_DATABASE_VARIABLE] = settings.database.url
+    if settings.mlflow.enabled is not Enabled.auto:
+        words.append(f"mlflow.enabled={settings.mlflow.enabled.value}")
+    if settings.mlflow.tracking_uri:
+        words.append(f"mlflow.tracking_uri={settings.mlflow.tracking_uri}")
+    return words, variables

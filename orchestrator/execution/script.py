@@ -1,0 +1,378 @@
+"""`start_run`: a run in a plain script, under torchrun or in a notebook, without a Ray cluster.
+
+No thread and no signal handler here: the local tracker sees that this process lives by the lock on its spool, and
+calls the attempt CRASHED when it does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import getpass
+import hashlib
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.catalog import open_catalog
+from orchestrator.checkpoints.policy import CheckpointPolicy
+from orchestrator.config import ProvenanceConfig, config_hash, flatten, redact, redact_text
+from orchestrator.errors import OrchestratorError, ServiceUnavailable, UserError
+from orchestrator.execution.worker import copy_to_storage, local_directory
+from orchestrator.failures.classify import Evidence, first_cause
+from orchestrator.provenance.record import record
+from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
+from orchestrator.stack import Stack, default_home
+from orchestrator.tracking.local.client import LocalTracker
+from orchestrator.tracking.local.places import private_directory
+from orchestrator.tracking.local.stack_start import running_stack
+from orchestrator.tracking.logger import Logger
+from orchestrator.training import seeds
+from orchestrator.training.group import Group
+from orchestrator.training.run import Run, RunStopped
+
+logger = logging.getLogger(__name__)
+
+FLUSH = 15.0
+JOIN = 300.0
+"""Seconds that the other ranks wait for rank 0 to open the run; PostgreSQL may have to be started first."""
+
+_open: list[str] = []
+"""Name of the run that this process records, if any."""
+_opened = 0
+"""How many runs this process has opened: the ranks of one launch count alike."""
+
+
+class RunIsOpen(UserError):
+    """This process records a run already."""
+
+    def __init__(self, name: str, hint: str) -> None:
+        super().__init__(name, hint)
+        self.name, self.hint = name, hint
+
+    def __str__(self) -> str:
+        return f"start_run: this process records {self.name} already. {self.hint}"
+
+
+@contextlib.contextmanager
+def start_run(
+    *,
+    experiment: str = "default",
+    name: str = "",
+    params: Any = None,
+    config: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    description: str = "",
+    project: str = "default",
+    resume: bool | str = False,
+    seed: int | None = None,
+    checkpoints: Mapping[str, Any] | None = None,
+    storage: str = "",
+    home: str | os.PathLike[str] | None = None,
+) -> Iterator[Run]:
+    """Records what happens in the `with` block as a run: `with start_run(experiment="digits") as run: run.log(…)`.
+
+    `params`: a mapping, a dataclass or an argparse.Namespace; `config`: the whole configuration, if it is more than
+    that. `resume=True` goes on with the newest run of the same experiment, params and config that did not finish, as
+    its next attempt; a name or id goes on with that run; `run.state(…)` then restores the newest checkpoint. `seed`
+    seeds Python, numpy and torch; without it they are left alone. `checkpoints`: see CheckpointPolicy.
+
+    The end of the block finishes the run; an exception makes it FAILED (ctrl-C: CANCELLED) and goes on its way. Under
+    torchrun every rank enters the block: rank 0 opens the run, all of them log. One run at a time per process. Starts
+    PostgreSQL where it does not run. Raises ServiceUnavailable, RunIsOpen, NotFound, RunIsActive.
+    """
+    _refuse_inside()
+    where = World.of_this_process()
+    spec = _spec(experiment, name, params, config, tags, description, project, storage)
+    opened = _join(where, spec, resume, Path(home) if home else default_home())
+    recording = _Recording(where, opened, spec, seed, checkpoints or {})
+    claim(opened.ticket.name)
+    try:
+        yield recording.run
+    except BaseException as error:
+        recording.end(*_ending(error, where.rank, recording.run.step), may_save=False)
+        raise
+    else:
+        recording.end(RunStatus.finished, "", None, may_save=True)
+    finally:
+        _open.clear()
+
+
+def claim(name: str) -> None:
+    """This process records the run of that name from now on."""
+    _open.append(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Which of how many ranks this process is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> World:
+        """As torch.distributed says, else as torchrun says in the environment."""
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if _has_group():
+            import torch.distributed as dist
+
+            return cls(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0)) if size > 1 else 0
+        return cls(rank=rank, size=size, local_rank=local_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What rank 0 tells the others."""
+
+    ticket: RunTicket
+    stack: Stack
+    spools: str
+
+
+class _Recording:
+    """One rank's part of an open run."""
+
+    def __init__(
+        self, where: World, opened: Opened, spec: RunSpec, seed: int | None, checkpoints: Mapping[str, Any]
+    ) -> None:
+        self._where, self._opened = where, opened
+        ticket = opened.ticket
+        self._logger = Logger(Path(opened.spools), run=ticket.run, attempt=ticket.attempt, rank=where.rank)
+        before = seeds.capture()
+        self.run = Run(
+            ticket,
+            self._logger,
+            rank=where.rank,
+            world_size=where.size,
+            local_rank=where.local_rank,
+            seed=seed or 0,
+            checkpoints=CheckpointPolicy(**checkpoints),
+            config_hash=spec.config_hash,
+            device=_device_in_use(),
+        )
+        if seed is None:
+            seeds.restore(before)  # a Run seeds; whoever gave no seed has his own
+        if where.rank == 0:
+            self._describe(spec, seed or 0)
+
+    def _describe(self, spec: RunSpec, seed: int) -> None:
+        ticket, stack = self._opened.ticket, self._opened.stack
+        directory = Path(local_directory(ticket))
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(spec.config, indent=2))
+        recorded = record(
+            directory,
+            attempt=ticket.attempt,
+            config=spec.config,
+            config_hash=spec.config_hash,
+            # A notebook has no source file; around it may lie anything.
+            settings=ProvenanceConfig(source=hasattr(sys.modules["__main__"], "__file__")),
+            code_paths=[os.getcwd()],
+            environ=os.environ,
+            seed=seed,
+            outside=[stack.home],
+        )
+        copy_to_storage(ticket, directory / "config.json", *recorded.files)
+        self._fact(FactKind.provenance, recorded.values)
+        for warning in recorded.warnings if ticket.attempt == 1 else ():
+            self._fact(FactKind.event, {"kind": "source-incomplete", "level": "warning", "message": warning})
+
+    def end(self, status: RunStatus, reason: str, error: Evidence | None, *, may_save: bool) -> None:
+        """Says how it ended and waits until that is stored. Any rank may tell of a failure, rank 0 of the rest."""
+        if may_save and (self._where.size == 1 or _has_group()):
+            self.run.finish()
+        if error is not None:
+            data = {"kind": "exception", "level": "error", "message": reason, "details": asdict(error)}
+            self._fact(FactKind.event, data)
+        if self._where.rank == 0 or status is RunStatus.failed:
+            finding = first_cause([error]).error() if error else None
+            self._fact(FactKind.status, {"status": status.value, "reason": reason, "error": finding})
+        self._settle()
+        self._logger.close()
+
+    def _settle(self) -> None:
+        try:
+            LocalTracker(self._opened.stack).ensure()  # it may have been killed meanwhile: the next one ships the rest
+        except (OSError, OrchestratorError) as error:
+            logger.warning("the local tracker does not start (%s); what was logged waits for the next one", error)
+        if not self._logger.wait_committed(FLUSH):
+            logger.warning("the record of run %s is not in PostgreSQL yet; it will be later", self.run.name)
+
+    def _fact(self, kind: FactKind, data: Mapping[str, Any]) -> None:
+        self._logger.fact(Fact(kind=kind, at=time.time(), data=data))
+
+
+def _ending(error: BaseException, rank: int, step: int) -> tuple[RunStatus, str, Evidence | None]:
+    """What the exception that leaves the block says of the run. Pure but for the time and the host."""
+    if isinstance(error, RunStopped):
+        return RunStatus.cancelled, "cancelled", None
+    if isinstance(error, KeyboardInterrupt):
+        return RunStatus.cancelled, "stopped by SIGINT", None
+    if isinstance(error, SystemExit) and error.code in (None, 0):
+        return RunStatus.finished, "", None
+    evidence = Evidence(
+        rank=rank, type=type(error).__name__, message=redact_text(str(error)), host=socket.gethostname(),
+        traceback=redact_text("".join(traceback.format_exception(error))), at=time.time(), step=step,
+    )  # fmt: skip
+    return RunStatus.failed, first_cause([evidence]).reason, evidence
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _spec(
+    experiment: str, name: str, params: Any, config: Mapping[str, Any] | None, tags: Mapping[str, str] | None,
+    description: str, project: str, storage: str,
+) -> RunSpec:  # fmt: skip
+    given = _plain(params)
+    whole = _plain(config) or given
+    script = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "notebook")
+    return RunSpec(
+        experiment=experiment,
+        project=project,
+        user=_user(),
+        name=name,
+        description=description,
+        tags={str(key): str(value) for key, value in (tags or {}).items()},
+        params=flatten(redact(given or whole)),
+        config=redact(whole),
+        config_hash=config_hash({"script": script, "user": {**whole, **given}}),
+        storage_url=os.path.abspath(storage) if storage and "://" not in storage else storage,
+    )
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """A mapping, dataclass or Namespace as plain values; what JSON lacks as its text."""
+    if values is None:
+        return {}
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        values = asdict(values)
+    elif not isinstance(values, Mapping):
+        values = vars(values)
+    return json.loads(json.dumps({str(key): value for key, value in values.items()}, default=str))
+
+
+def _join(where: World, spec: RunSpec, resume: bool | str, home: Path) -> Opened:
+    """The run, the same on all ranks. What rank 0 could not do is raised on all of them."""
+    global _opened
+    _opened += 1
+    if where.size == 1:
+        return _open_here(spec, resume, home, 1)
+    if where.rank == 0:
+        try:
+            opened = _open_here(spec, resume, home, where.size)
+        except Exception as error:
+            _tell(where, json.dumps({"error": f"{error}"}))
+            raise
+        _tell(where, json.dumps({"ticket": asdict(opened.ticket), "home": opened.stack.home, "host": _host()}))
+        return opened
+    told = json.loads(_hear(where))
+    if "error" in told:
+        raise UserError(f"start_run: rank 0 could not open the run: {told['error']}")
+    stack = Stack.load(told["home"]) if told["host"] == _host() else running_stack(home)
+    tracker = LocalTracker(stack)
+    return Opened(ticket=RunTicket(**told["ticket"]), stack=stack, spools=tracker.describe()["spool_directory"])
+
+
+def _open_here(spec: RunSpec, resume: bool | str, home: Path, workers: int) -> Opened:
+    stack = running_stack(home)
+    tracker = LocalTracker(stack)
+    tracker.ensure()
+    run = ""
+    if isinstance(resume, str) and resume:
+        with open_catalog(home) as catalog:
+            run = catalog.run(resume).run
+    spec = dataclasses.replace(
+        spec, run=run, resume=resume is True, workers=workers, storage_url=spec.storage_url or stack.storage_url
+    )
+    try:
+        ticket = tracker.open_run(spec)
+    except (ConnectionError, TimeoutError) as error:
+        raise ServiceUnavailable("the local tracker", stack.home, f"{error}.", "`orc status` tells more.") from error
+    return Opened(ticket=ticket, stack=stack, spools=tracker.describe()["spool_directory"])
+
+
+def _refuse_inside() -> None:
+    if _open:
+        raise RunIsOpen(f"run {_open[0]}", "Use that one, or leave its `with` block first.")
+    train = sys.modules.get("ray.train")
+    if train is None:
+        return
+    with contextlib.suppress(RuntimeError, AttributeError):
+        train.get_context().get_world_rank()
+        hint = "In a function of `orc run` use the `run` it is given; for a TorchTrainer of your own, TrainCallback."
+        raise RunIsOpen("what Ray Train runs", hint)
+
+
+# -- how rank 0 tells the others ---------------------------------------------------------------------------------------
+
+
+def _has_group() -> bool:
+    """torch.distributed is initialised in this process."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def _tell(where: World, text: str) -> None:
+    if _has_group():
+        Group(where.rank, where.size).share(text)
+        return
+    path = _meeting_place()
+    private_directory(path.parent)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text)
+    fresh.rename(path)
+
+
+def _hear(where: World) -> str:
+    if _has_group():
+        return Group(where.rank, where.size).share("")
+    path, deadline = _meeting_place(), time.monotonic() + JOIN
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_text()
+        time.sleep(0.02)
+    hint = "Does rank 0 call start_run, too? Ranks on several hosts must call init_process_group before it."
+    raise UserError(f"start_run: rank {where.rank} heard nothing of rank 0 within {JOIN:.0f} s. {hint}")
+
+
+def _meeting_place() -> Path:
+    """A file that the ranks of one launch on this host know without talking: they have one parent, which lives."""
+    parent = psutil.Process(os.getppid())
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+    words = [str(parent.pid), str(parent.create_time()), str(_opened), *(os.environ.get(name, "") for name in names)]
+    key = hashlib.sha256(" ".join(words).encode()).hexdigest()[:24]
+    return Path(tempfile.gettempdir()) / f"orc-ranks-{os.geteuid()}" / f"{key}.json"
+
+
+def _device_in_use() -> str | None:
+    """The accelerator that the script has chosen, if it uses one already."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_initialized() else None
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
