@@ -81,7 +81,8 @@ def start(home: Path, host: str, port: int) -> psutil.Process:
     url = uri(host, port)
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and processes.is_alive(process):
-        if is_healthy(url) and processes.is_alive(process):
+        # Asked in this order: another server on that port answers, too, while ours has not found it taken yet.
+        if processes.listens(process, port) and is_healthy(url):
             return process
         time.sleep(0.05)
     why = "it ended" if not processes.is_alive(process) else f"no answer within {START_TIMEOUT} s"

@@ -65,6 +65,15 @@ def recorded(entry: Mapping[str, Any] | None) -> psutil.Process | None:
         return None
 
 
+def listens(process: psutil.Process, port: int) -> bool:
+    """Whether it is this process that answers on the TCP port."""
+    try:
+        found = process.net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in found)
+
+
 def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from anyio import CancelScope
+from anyio import CancelScope, fail_after
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.api.tokens import Tokens
 from orchestrator.catalog import wire
@@ -37,6 +37,10 @@ HEALTH = f"{PREFIX}/health"
 METHODS = ("GET", "HEAD")
 CONNECTIONS = 3
 """To the database, kept open."""
+PATIENCE = 20.0
+"""Seconds that a reader may take to accept a piece of a stream, which holds one of the connections meanwhile."""
+LARGEST = 2**63 - 1
+"""Of a row's id, of an offset in a file."""
 SCHEMA_IS_FRESH = 10.0
 """Seconds after which a schema that was right is looked at again."""
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -127,12 +131,11 @@ class Questions:
 
     def runs(self, request: Request) -> Response:
         given = request.query_params
-        tags = [tag.partition("=") for tag in given.getlist("tag")]
         return _rows(
             self._asked().runs(
                 experiment=given.get("experiment"),
                 status=_status(given.get("status")),
-                tags={unquote(name): value for name, _, value in tags},
+                tags=_tags(given.getlist("tag")),
                 search=given.get("search"),
                 limit=_number(request, "limit", 50, most=wire.RUNS_AT_ONCE),
                 offset=_number(request, "offset", 0),
@@ -151,7 +154,7 @@ class Questions:
 
     def events(self, request: Request) -> Response:
         newest = _number(request, "newest", 50, most=wire.EVENTS_AT_ONCE)
-        before = _number(request, "before", None)
+        before = _number(request, "before", None, most=LARGEST)
         self._asked()
         return _rows(self._store.newest_events(request.path_params["run"], before=before, limit=newest))
 
@@ -180,7 +183,8 @@ class Questions:
 
     def log(self, request: Request) -> Response:
         path = request.path_params
-        offset, limit = _number(request, "offset", 0), _number(request, "limit", MOST_LOG_BYTES, most=MOST_LOG_BYTES)
+        offset = _number(request, "offset", 0, most=LARGEST)
+        limit = _number(request, "limit", MOST_LOG_BYTES, most=MOST_LOG_BYTES)
         content = self._asked().logs(path["run"]).read(path["attempt"], path["source"], offset, limit)
         return Response(content, media_type="application/octet-stream", headers=HEADERS)
 
@@ -205,6 +209,15 @@ def _number(request: Request, name: str, default: Any, *, most: int = 2**31 - 1)
     if int(given) > most:
         raise BadQuestion(name, given, f"at most {most} at once.")
     return int(given)
+
+
+def _tags(given: Iterable[str]) -> dict[str, str]:
+    """Names are quoted once more, so that they may have a `=`."""
+    tags = {unquote(name): value for name, _, value in (tag.partition("=") for tag in given)}
+    for name in tags:
+        if "\0" in name:
+            raise BadQuestion("tag", name.replace("\0", "�"), "there is a NUL in it.")
+    return tags
 
 
 def _status(given: str | None) -> RunStatus | None:
@@ -234,7 +247,8 @@ class Json(Response):
 
 
 class Stream(StreamingResponse):
-    """Bytes as they come. What makes them is closed at the end, also when the reader left before it."""
+    """Bytes as they come. What makes them is closed at the end, also when the reader left before it or stopped reading
+    for `PATIENCE`: the answer then ends without its last block."""
 
     def __init__(self, pieces: Generator[bytes]) -> None:
         self._pieces = pieces
@@ -242,8 +256,14 @@ class Stream(StreamingResponse):
         super().__init__(itertools.chain([first], pieces), media_type="application/octet-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def patiently(message: Message) -> None:
+            with fail_after(PATIENCE):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, patiently)
+        except TimeoutError:
+            logger.warning("a reader took nothing for %d s: %s is cut off", PATIENCE, scope["path"])
         finally:
             with CancelScope(shield=True):
                 await run_in_threadpool(self._pieces.close)

@@ -49,7 +49,10 @@ class HttpCatalog:
     """
 
     def __init__(self, url: str, token: str, *, token_from: str = "", timeout: float = TIMEOUT) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+        except ValueError as error:
+            raise UserError(f"{url} is no address of an API server: {error}.") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{url} is no address of an API server: write http://HOST:8600 or https://HOST/PATH.")
         if not token.isascii() or not token.isprintable():
@@ -67,6 +70,8 @@ class HttpCatalog:
     def check(self) -> None:
         """Raises ServiceUnavailable unless a server of this version takes the token."""
         said = self.json("server")
+        if not isinstance(said, dict):
+            raise self._no_server_of_ours("it does not say who it is")
         if said.get("protocol") != wire.protocol():
             raise self._unavailable(
                 f"it is of version {said.get('version')} and gives other answers than this one understands.",
@@ -252,13 +257,23 @@ def living_server(stack: Stack) -> HttpCatalog | None:
     if not entry or not stack.api_url:
         return None
     try:
-        os.kill(int(entry["pid"]), 0)  # whoever took its port later shall not be sent the token
+        if not _is_a_server(int(entry["pid"])):
+            return None  # whoever took its port later shall not be sent the token
         token = Path(stack.api_token_path).read_text().strip()
         catalog = HttpCatalog(stack.api_url, token, timeout=LOCAL_TIMEOUT)
         catalog.check()
     except (OSError, KeyError, ValueError, UserError):
         return None
     return catalog
+
+
+def _is_a_server(pid: int) -> bool:
+    """Whether an API server has that number; after a reboot another process may. Raises OSError when nobody has it."""
+    os.kill(pid, 0)
+    try:
+        return b"orchestrator.api" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:  # a system without /proc
+        return not Path("/proc/self").exists()
 
 
 def _of(run: str, what: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,22 +48,42 @@ def decode(data: bytes) -> Record:
         kind: type = dict if part == "run" else list
         if not isinstance(record.get(part), kind):
             raise BadRecord("record.json", f"{part} is missing.")
-    if not is_run_id(str(record["run"].get("id"))):
-        raise BadRecord("record.json", f"{record['run'].get('id')!r} is no id of a run.")
+    run = record["run"]
+    if not is_run_id(str(run.get("id"))):
+        raise BadRecord("record.json", f"{run.get('id')!r} is no id of a run.")
+    for name in ("name", "experiment", "directory", "status"):
+        if not isinstance(run.get(name), str):
+            raise BadRecord("record.json", f"the run's {name} is missing.")
+    for part in PARTS[1:]:
+        if not all(isinstance(row, dict) for row in record[part]):
+            raise BadRecord("record.json", f"{part} has something that is no row.")
+    if not all(isinstance(row.get("count"), int) for row in record["summaries"]):
+        raise BadRecord("record.json", "a summary has no count.")
+    if not all(isinstance(row.get("uri"), str) for part in _WITH_PLACES for row in record[part]):
+        raise BadRecord("record.json", "a checkpoint or artifact has no place.")
     return record
 
 
 def movable(record: Record) -> Record:
-    """The record with places in the run's directory relative to it, so that it stays true wherever that is."""
+    """The record with places in the run's directory relative to it, so that it stays true wherever that is; no password
+    of the storage's address is in it."""
     root = record["run"]["directory"].rstrip("/")
     if not root:
         return record
+    roots = {f"{root}/", f"{without_password(root)}/"}
 
     def relative(row: Mapping[str, Any]) -> dict[str, Any]:
         uri = row["uri"].removeprefix("file://") if root.startswith("/") else row["uri"]
-        return {**row, "uri": HERE + uri.removeprefix(f"{root}/")} if uri.startswith(f"{root}/") else dict(row)
+        inside = next((uri.removeprefix(start) for start in roots if uri.startswith(start)), None)
+        return dict(row) if inside is None else {**row, "uri": HERE + inside}
 
-    return {**record, **{part: [relative(row) for row in record[part]] for part in _WITH_PLACES}}
+    run = {**record["run"], "directory": without_password(root)}
+    return {**record, "run": run, **{part: [relative(row) for row in record[part]] for part in _WITH_PLACES}}
+
+
+def without_password(url: str) -> str:
+    """As `Storage.uri` tells a place to people. Example: s3://key:secret@bucket/x -> s3://key@bucket/x."""
+    return re.sub(r"^([a-z][a-z0-9+.-]*://[^/@:]*):[^/]*@", r"\1@", url)
 
 
 def placed(record: Record, directory: str) -> Record:

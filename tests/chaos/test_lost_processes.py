@@ -54,6 +54,12 @@ def test_a_killed_driver_and_orc_resume_reach_the_accuracy_of_an_undisturbed_run
     experiments = [e.experiment_id for e in client.search_experiments()]
     found = client.search_runs(experiments, filter_string=f"tags.`orc.run_id` = '{outcome['run']}'")
     assert len(found) == 1
+    children = f"tags.`mlflow.parentRunId` = '{found[0].info.run_id}'"
+
+    def attempts() -> dict[str, str]:
+        return {run.data.tags["orc.attempt"]: run.info.status for run in client.search_runs(experiments, children)}
+
+    wait_until(lambda: attempts() == {"1": "FAILED", "2": "FINISHED"}, 30, "one run with two attempts in MLflow")
     assert "nothing left to resume" in orc("resume", "interrupted", code=2)
 
 
