@@ -6,6 +6,7 @@ Whoever runs one of them starts `python -P -m cluster …` with PYTHONPATH=root(
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 
@@ -16,3 +17,11 @@ def root() -> Path:
         if (place / "cluster" / "__main__.py").is_file() and (place / "actors").is_dir():
             return place
     raise FileNotFoundError(f"no cluster/ and actors/ in {package / '_application'} or {package.parent}: reinstall us")
+
+
+def version() -> str:
+    """Of the installed distribution; '' for a checkout that was never installed."""
+    try:
+        return metadata.version("ray-orchestrator")
+    except metadata.PackageNotFoundError:
+        return ""

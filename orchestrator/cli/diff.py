@@ -87,7 +87,8 @@ def side(catalog: Catalog, reference: str) -> Side:
     newest = max(attempts, default=0)
     rows = describe.lowest_ranks(catalog.summaries(run.run))
     if chosen in (0, newest):
-        metrics = {row.key: row.last for row in rows}
+        # Of an attempt that was asked for, nothing that an earlier one said.
+        metrics = {row.key: row.last for row in rows if not chosen or row.last_attempt == newest}
     else:
         found = {row.key: catalog.points(run.run, row.key, rank=row.rank, attempt=chosen).values for row in rows}
         metrics = {key: float(values[-1]) for key, values in found.items() if len(values)}

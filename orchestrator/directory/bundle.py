@@ -348,6 +348,8 @@ def _unpacked(
         protocol, manifest = about["protocol"], about["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadBundle(str(source), f"its manifest cannot be read ({error}).") from error
+    if not isinstance(manifest, dict):
+        raise BadBundle(str(source), "its manifest names no files.")
     if protocol != PROTOCOL:
         raise BadBundle(str(source), f"it has protocol {protocol}, this version speaks {PROTOCOL}.")
     for path in sorted({*found, *manifest, *FRESH}):

@@ -190,8 +190,9 @@ class DirectoryService:
         root = self._root(directory)
         try:
             self._write(run, directory)
-        except NotFound:  # removed meanwhile
-            self._forget(run, dirty)
+        except NotFound as error:
+            # Is being removed, or that is waited for: only when it is done, `whereabouts` does not know the run.
+            self._put_aside(run, error, dirty)
             return
         except (OSError, ConfigError) as error:
             self._put_aside(run, error, dirty)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import getpass
 import hashlib
 import json
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from orchestrator.catalog import open_catalog
@@ -36,10 +38,8 @@ from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack, default_home
 from orchestrator.tracking.local.client import LocalTracker
 from orchestrator.tracking.local.places import private_directory
-from orchestrator.tracking.local.stack_start import running_stack
+from orchestrator.tracking.local.stack_start import has_database, running_stack
 from orchestrator.tracking.logger import Logger
-from orchestrator.training import seeds
-from orchestrator.training.group import Group
 from orchestrator.training.run import Run, RunStopped
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ FLUSH = 15.0
 JOIN = 300.0
 """Seconds that the other ranks wait for rank 0 to open the run; PostgreSQL may have to be started first."""
 
-_open: list[str] = []
-"""Name of the run that this process records, if any."""
+_open: dict[int, str] = {}
+"""Process -> name of the run that it records: a forked child inherits this, and records none."""
 _opened = 0
 """How many runs this process has opened: the ranks of one launch count alike."""
 
@@ -95,23 +95,23 @@ def start_run(
     _refuse_inside()
     where = World.of_this_process()
     spec = _spec(experiment, name, params, config, tags, description, project, storage)
+    policy = CheckpointPolicy(**(checkpoints or {}))
     opened = _join(where, spec, resume, Path(home) if home else default_home())
-    recording = _Recording(where, opened, spec, seed, checkpoints or {})
+    recording = _Recording(where, opened)
     claim(opened.ticket.name)
     try:
-        yield recording.run
+        yield recording.begin(spec, seed, policy)
+        recording.finish()
     except BaseException as error:
-        recording.end(*_ending(error, where.rank, recording.run.step), may_save=False)
+        recording.fail(error)
         raise
-    else:
-        recording.end(RunStatus.finished, "", None, may_save=True)
     finally:
-        _open.clear()
+        _open.pop(os.getpid(), None)
 
 
 def claim(name: str) -> None:
     """This process records the run of that name from now on."""
-    _open.append(name)
+    _open[os.getpid()] = name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,30 +145,32 @@ class Opened:
 
 
 class _Recording:
-    """One rank's part of an open run."""
+    """One rank's part of an open run. A child that was forked in the block and leaves it ends nothing."""
 
-    def __init__(
-        self, where: World, opened: Opened, spec: RunSpec, seed: int | None, checkpoints: Mapping[str, Any]
-    ) -> None:
-        self._where, self._opened = where, opened
+    def __init__(self, where: World, opened: Opened) -> None:
+        self._where, self._opened, self._process = where, opened, os.getpid()
         ticket = opened.ticket
         self._logger = Logger(Path(opened.spools), run=ticket.run, attempt=ticket.attempt, rank=where.rank)
-        before = seeds.capture()
-        self.run = Run(
-            ticket,
+        self._run: Run | None = None
+        self._is_over = False
+
+    def begin(self, spec: RunSpec, seed: int | None, checkpoints: CheckpointPolicy) -> Run:
+        where = self._where
+        self._run = Run(
+            self._opened.ticket,
             self._logger,
             rank=where.rank,
             world_size=where.size,
             local_rank=where.local_rank,
             seed=seed or 0,
-            checkpoints=CheckpointPolicy(**checkpoints),
+            seeds_generators=seed is not None,
+            checkpoints=checkpoints,
             config_hash=spec.config_hash,
             device=_device_in_use(),
         )
-        if seed is None:
-            seeds.restore(before)  # a Run seeds; whoever gave no seed has his own
         if where.rank == 0:
             self._describe(spec, seed or 0)
+        return self._run
 
     def _describe(self, spec: RunSpec, seed: int) -> None:
         ticket, stack = self._opened.ticket, self._opened.stack
@@ -192,18 +194,35 @@ class _Recording:
         for warning in recorded.warnings if ticket.attempt == 1 else ():
             self._fact(FactKind.event, {"kind": "source-incomplete", "level": "warning", "message": warning})
 
-    def end(self, status: RunStatus, reason: str, error: Evidence | None, *, may_save: bool) -> None:
+    def finish(self) -> None:
+        if os.getpid() != self._process:
+            return
+        if self._run is not None and (self._where.size == 1 or _has_group()):
+            self._run.finish()
+        self._end(RunStatus.finished, "", None)
+
+    def fail(self, error: BaseException) -> None:
+        """What goes wrong here is logged: the user's own exception is on its way."""
+        if os.getpid() != self._process or self._is_over:
+            return
+        try:
+            self._end(*_ending(error, self._where.rank, self._run.step if self._run is not None else 0))
+        except Exception:
+            logger.exception("the end of run %s could not be recorded", self._opened.ticket.name)
+
+    def _end(self, status: RunStatus, reason: str, error: Evidence | None) -> None:
         """Says how it ended and waits until that is stored. Any rank may tell of a failure, rank 0 of the rest."""
-        if may_save and (self._where.size == 1 or _has_group()):
-            self.run.finish()
-        if error is not None:
-            data = {"kind": "exception", "level": "error", "message": reason, "details": asdict(error)}
-            self._fact(FactKind.event, data)
-        if self._where.rank == 0 or status is RunStatus.failed:
-            finding = first_cause([error]).error() if error else None
-            self._fact(FactKind.status, {"status": status.value, "reason": reason, "error": finding})
-        self._settle()
-        self._logger.close()
+        self._is_over = True
+        try:
+            if error is not None:
+                data = {"kind": "exception", "level": "error", "message": reason, "details": asdict(error)}
+                self._fact(FactKind.event, data)
+            if self._where.rank == 0 or status is RunStatus.failed:
+                finding = first_cause([error]).error() if error else None
+                self._fact(FactKind.status, {"status": status.value, "reason": reason, "error": finding})
+            self._settle()
+        finally:
+            self._logger.close()  # its lock says that the run goes on
 
     def _settle(self) -> None:
         try:
@@ -211,7 +230,7 @@ class _Recording:
         except (OSError, OrchestratorError) as error:
             logger.warning("the local tracker does not start (%s); what was logged waits for the next one", error)
         if not self._logger.wait_committed(FLUSH):
-            logger.warning("the record of run %s is not in PostgreSQL yet; it will be later", self.run.name)
+            logger.warning("the record of run %s is not in PostgreSQL yet; it will be later", self._opened.ticket.name)
 
     def _fact(self, kind: FactKind, data: Mapping[str, Any]) -> None:
         self._logger.fact(Fact(kind=kind, at=time.time(), data=data))
@@ -260,11 +279,23 @@ def _plain(values: Any) -> dict[str, Any]:
     """A mapping, dataclass or Namespace as plain values; what JSON lacks as its text."""
     if values is None:
         return {}
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        values = asdict(values)
-    elif not isinstance(values, Mapping):
+    if not dataclasses.is_dataclass(values) and not isinstance(values, Mapping):
         values = vars(values)
-    return json.loads(json.dumps({str(key): value for key, value in values.items()}, default=str))
+    return dict(_json(values))
+
+
+def _json(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _json(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return _json(value.item())
+    return str(value)
 
 
 def _join(where: World, spec: RunSpec, resume: bool | str, home: Path) -> Opened:
@@ -277,22 +308,36 @@ def _join(where: World, spec: RunSpec, resume: bool | str, home: Path) -> Opened
         try:
             opened = _open_here(spec, resume, home, where.size)
         except Exception as error:
-            _tell(where, json.dumps({"error": f"{error}"}))
+            _tell(json.dumps({"error": f"{error}"}))
             raise
-        _tell(where, json.dumps({"ticket": asdict(opened.ticket), "home": opened.stack.home, "host": _host()}))
+        told = {"ticket": asdict(opened.ticket), "home": opened.stack.home, "host": _host()}
+        _tell(json.dumps({**told, "database": _digest(opened.stack.database_url)}))
         return opened
     told = json.loads(_hear(where))
     if "error" in told:
         raise UserError(f"start_run: rank 0 could not open the run: {told['error']}")
-    stack = Stack.load(told["home"]) if told["host"] == _host() else running_stack(home)
+    stack = Stack.load(told["home"]) if told["host"] == _host() else _same_stack(home, told)
     tracker = LocalTracker(stack)
     return Opened(ticket=RunTicket(**told["ticket"]), stack=stack, spools=tracker.describe()["spool_directory"])
+
+
+def _same_stack(home: Path, told: Mapping[str, Any]) -> Stack:
+    """On another host than rank 0's: nothing is started, the points must come into the same database."""
+    stack = Stack.find(home)
+    if stack is None or _digest(stack.database_url) != told["database"] or not has_database(stack):
+        why = f"rank 0 on {told['host']} records into a database that the stack in {home} on {_host()} does not have."
+        hint = "Give all hosts one: `orc up ray.enabled=false database.url=…` on each."
+        raise UserError(f"start_run: {why} {hint}")
+    return stack
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _open_here(spec: RunSpec, resume: bool | str, home: Path, workers: int) -> Opened:
     stack = running_stack(home)
     tracker = LocalTracker(stack)
-    tracker.ensure()
     run = ""
     if isinstance(resume, str) and resume:
         with open_catalog(home) as catalog:
@@ -301,15 +346,17 @@ def _open_here(spec: RunSpec, resume: bool | str, home: Path, workers: int) -> O
         spec, run=run, resume=resume is True, workers=workers, storage_url=spec.storage_url or stack.storage_url
     )
     try:
+        tracker.ensure()
         ticket = tracker.open_run(spec)
+        spools = tracker.describe()["spool_directory"]
     except (ConnectionError, TimeoutError) as error:
         raise ServiceUnavailable("the local tracker", stack.home, f"{error}.", "`orc status` tells more.") from error
-    return Opened(ticket=ticket, stack=stack, spools=tracker.describe()["spool_directory"])
+    return Opened(ticket=ticket, stack=stack, spools=spools)
 
 
 def _refuse_inside() -> None:
-    if _open:
-        raise RunIsOpen(f"run {_open[0]}", "Use that one, or leave its `with` block first.")
+    if os.getpid() in _open:
+        raise RunIsOpen(f"run {_open[os.getpid()]}", "Use that one, or leave its `with` block first.")
     train = sys.modules.get("ray.train")
     if train is None:
         return
@@ -328,9 +375,9 @@ def _has_group() -> bool:
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
-def _tell(where: World, text: str) -> None:
+def _tell(text: str) -> None:
     if _has_group():
-        Group(where.rank, where.size).share(text)
+        _store().set(_topic(), text)
         return
     path = _meeting_place()
     private_directory(path.parent)
@@ -340,15 +387,31 @@ def _tell(where: World, text: str) -> None:
 
 
 def _hear(where: World) -> str:
-    if _has_group():
-        return Group(where.rank, where.size).share("")
-    path, deadline = _meeting_place(), time.monotonic() + JOIN
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            return path.read_text()
-        time.sleep(0.02)
+    try:
+        if _has_group():
+            store = _store()
+            store.wait([_topic()], datetime.timedelta(seconds=JOIN))
+            return store.get(_topic()).decode()
+        path, deadline = _meeting_place(), time.monotonic() + JOIN
+        while time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError):
+                return path.read_text()
+            time.sleep(0.02)
+    except RuntimeError as error:
+        logger.warning("rank %d lost rank 0: %s", where.rank, error)
     hint = "Does rank 0 call start_run, too? Ranks on several hosts must call init_process_group before it."
     raise UserError(f"start_run: rank {where.rank} heard nothing of rank 0 within {JOIN:.0f} s. {hint}")
+
+
+def _store() -> Any:
+    """The group's key-value store. Nothing collective: a script in which rank 0 alone records must not hang."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def _topic() -> str:
+    return f"orchestrator/start_run/{_opened}"
 
 
 def _meeting_place() -> Path:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 VOUCH = 5.0
 """Seconds between two words to other trackers on the same database that our attempts are looked after."""
+STOOD_STILL = 5.0
+"""A pause of a loop that is longer than asked for by so many seconds was none of ours."""
 FIND = 10.0
 """Seconds between two looks for attempts that nobody here has heard of."""
 
@@ -102,7 +104,17 @@ class TrackerService:
             else:
                 wait = pause if not self._committer.failure else max(pause, 0.5)
             if not moved:
-                self._stopped.wait(wait)
+                self._pause(wait)
+
+    def _pause(self, seconds: float) -> None:
+        """A pause that took far too long says that this process or its host stood still. Nobody could be heard
+        meanwhile, so all leases begin anew."""
+        before = self._clock.monotonic()
+        self._stopped.wait(seconds)
+        now = self._clock.monotonic()
+        if now - before > seconds + STOOD_STILL:
+            for attempt in self._leases.remaining(now):
+                self._leases.renew(attempt, now)
 
     def _recover(self) -> None:
         """Everything still in the log counts as accepted."""

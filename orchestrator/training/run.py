@@ -55,7 +55,7 @@ class Run:
     Collective (all ranks call it together): `report`, `save`, `state` while resuming, `sum`, `mean`, `finish`, and
     `prepare` for models. Everything else is local. `log` and `event` record on the rank that calls them; `params`,
     `tags`, `note`, `metric`, `dataset`, `artifact` and `figure` count on rank 0 and do nothing on the others, so a
-    train function needs no `if` around them. Making a Run seeds the process's random generators.
+    train function needs no `if` around them. Making a Run seeds the process's random generators, unless told not to.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Run:
         world_size: int = 1,
         local_rank: int = 0,
         seed: int = 0,
+        seeds_generators: bool = True,
         checkpoints: CheckpointPolicy | None = None,
         resume: bool = True,
         config_hash: str = "",
@@ -106,7 +107,8 @@ class Run:
         self._micro_batch = 0
         self._best: float | None = None
         self._saved = Moment(time=self._clock.monotonic())
-        seeds.seed_everything(seed, rank)
+        if seeds_generators:
+            seeds.seed_everything(seed, rank)
 
     def __repr__(self) -> str:
         where = f"rank {self.rank} of {self.world_size}, step {self._step}"
@@ -318,8 +320,10 @@ class Run:
         if self._policy.best_metric and self._best is None and self._state is not None and self.is_main:
             what = f"checkpoints.best_metric is {self._policy.best_metric!r}, but run.report was never given it"
             self.event("best-metric-missing", what, level="warning")
-        due = self._policy.at_end and self._state is not None and self._step > self._saved.step
-        if self._group.share("save" if due else "") and self._state is not None:
+        if self._state is None:
+            return  # of all ranks: perhaps rank 0 alone records, so nothing collective
+        due = self._policy.at_end and self._step > self._saved.step
+        if self._group.share("save" if due else ""):
             try:
                 self._save(self._state, {}, is_best=False, reasons=("end",))
             except SaveFailed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import os
 import shutil
@@ -11,22 +12,26 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+import anyio
 import psutil
 import psycopg
 import pytest
 
+from cluster import api_server
 from cluster.postgres import EmbeddedPostgres
+from orchestrator.api import routes
 from orchestrator.api.routes import Questions, application
 from orchestrator.backends import postgres as server_of
 from orchestrator.backends.postgres import conninfo
-from orchestrator.catalog import wire
+from orchestrator.catalog import remote, wire
 from orchestrator.errors import NotFound, ServiceUnavailable
 from orchestrator.records import RunSpec, RunStatus
 from orchestrator.stack import Stack
@@ -171,7 +176,7 @@ def test_the_database_session_cannot_write(stack: Stack) -> None:
         "/api/v1/runs?limit=5001", "/api/v1/runs?limit=-1", "/api/v1/runs?limit=x", "/api/v1/runs?offset=1e3",
         "/api/v1/runs?limit=99999999999999999999999", "/api/v1/runs?status=happy", "/api/v1/run?reference=%00",
         "/api/v1/runs/x/events?newest=1001", "/api/v1/summaries?" + "&".join(["run=x"] * 501),
-        "/api/v1/runs/x%00/notes", "/api/v1/runs/x/points?key=loss&rank=-1",
+        "/api/v1/runs?tag=a%2500=b", "/api/v1/runs/x%00/notes", "/api/v1/runs/x/points?key=loss&rank=-1",
     ],
 )  # fmt: skip
 def test_a_page_has_an_end_and_a_senseless_question_is_the_askers_mistake(stack: Stack, path: str) -> None:
@@ -212,6 +217,105 @@ def test_a_reader_who_leaves_in_mid_answer_gives_the_connection_back(stack: Stac
     asked_at = time.monotonic()
     assert len(client(stack).points(run, "loss")) == 0
     assert time.monotonic() - asked_at < 8, "a lost connection is waited for ten seconds"
+
+
+def test_a_reader_who_takes_nothing_gives_the_connection_back(
+    stack: Stack, schema_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other end of the wire is the only thing here that is not real: it is there and never reads."""
+    monkeypatch.setattr(routes, "PATIENCE", 0.05)
+    store = Store(schema_url, pool_size=1)
+    run = client(stack).run("brave-otter").run
+    is_begun = False
+
+    async def send(message: Any) -> None:
+        nonlocal is_begun
+        is_begun = True
+        await anyio.sleep_forever()
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    async def answer() -> None:
+        with anyio.fail_after(30):
+            scope = {"type": "http", "method": "GET", "path": "/points", "asgi": {"spec_version": "2.3"}}
+            await routes.Stream(wire.blocks(store.point_blocks(run, "loss")))(scope, receive, send)
+
+    try:
+        anyio.run(answer)
+        assert is_begun
+        assert store._engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    finally:
+        store.close()
+
+
+def test_a_log_is_read_behind_two_gigabytes(stack: Stack) -> None:
+    run = client(stack).run("brave-otter")
+    log, offset = Path(run.directory) / "logs" / "attempt-1" / "rank-7.log", 3 << 30
+    with log.open("wb") as file:  # a hole takes no room
+        file.seek(offset)
+        file.write(b"the end\n")
+    try:
+        assert client(stack).logs(run.run).read(1, "rank-7", offset, 100) == b"the end\n"
+    finally:
+        log.unlink()
+    assert ask(stack, f"/api/v1/runs/{run.run}/events?newest=1&before={2**40}")[0] == 200
+
+
+def test_another_server_on_the_port_is_not_taken_for_ours(tmp_path: Path, schema_url: str) -> None:
+    """It answers at once, while ours has not even found out that the port is taken."""
+    Stack(home=str(tmp_path), database_url=schema_url).save()
+    api_server.ensure_token(tmp_path)
+    with Answering(b'{"ok": true}') as port, pytest.raises(ServiceUnavailable, match="address already in use"):
+        api_server.start(tmp_path, "127.0.0.1", port)
+
+
+def test_the_token_is_not_sent_to_whoever_has_the_port_and_the_number_of_a_dead_server(tmp_path: Path) -> None:
+    """As after a reboot: this very process has its number now."""
+    token_path = api_server.ensure_token(tmp_path)
+    with Answering(b"{}") as port:
+        stack = Stack(
+            home=str(tmp_path), api_url=f"http://127.0.0.1:{port}", api_token_path=str(token_path),
+            processes={"api": {"pid": os.getpid()}},
+        )  # fmt: skip
+        assert remote.living_server(stack) is None
+        assert Answering.asked == []
+
+
+class Answering:
+    """Some HTTP server that says the same to everything; gives its port. `asked` has the headers of each question."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, body: bytes) -> None:
+        type(self).asked = asked = []
+
+        class Always(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(str(self.headers))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Always)
+
+    def __enter__(self) -> int:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,)).start()
+        return int(self._server.server_address[1])
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"ok"', b"1", b"null", b"{}"])
+def test_a_server_that_says_something_else_is_none_of_ours(body: bytes) -> None:
+    with Answering(body) as port, pytest.raises(ServiceUnavailable):
+        remote.HttpCatalog(f"http://127.0.0.1:{port}", "t").check()
 
 
 def test_the_database_may_go_and_come_back(tmp_path: Path) -> None:
@@ -350,7 +454,7 @@ def test_an_address_where_nobody_or_somebody_else_is(tmp_path: Path) -> None:
         port = silent.getsockname()[1]
         done = orc("ls", "--api", f"http://127.0.0.1:{port}", env=env)
         assert (done.returncode, "Connection refused" in done.stderr) == (2, True), done.stderr
-    for nonsense in ("ftp://host", "http://", "http://h:99999"):
+    for nonsense in ("ftp://host", "http://", "http://h:99999", "http://[::1"):
         done = orc("ls", "--api", nonsense, env=env)
         assert (done.returncode, "is no address" in done.stderr) == (2, True), done.stderr
 

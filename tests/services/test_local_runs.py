@@ -16,6 +16,7 @@ import orchestrator
 from orchestrator.execution.script import RunIsOpen
 from orchestrator.records import RunStatus
 from orchestrator.store.views import RunDetail
+from orchestrator.tracking.logger import Logger
 from tests.plugins.local_stack import LocalStack
 from tests.plugins.runs import PROJECT, wait_until
 
@@ -163,6 +164,72 @@ def test_what_leaves_the_block_says_how_the_run_ended(
     assert reason in found.reason
     if isinstance(raised, ValueError):
         assert "test_local_runs.py" in found.error["traceback"]
+
+
+def full(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_goes_wrong_at_the_start_leaves_no_run_that_goes_on(
+    local: LocalStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(local.store.runs(limit=100))
+    wrong = {"every_foo": 1}
+    with pytest.raises(TypeError, match="every_foo"), orchestrator.start_run(checkpoints=wrong, home=local.home):
+        pass
+    assert len(local.store.runs(limit=100)) == before, "refused before it was opened"
+    monkeypatch.setattr("orchestrator.execution.script.copy_to_storage", full)
+    with pytest.raises(OSError, match="No space"), orchestrator.start_run(home=local.home):
+        pass
+    assert newest(local).status is RunStatus.failed
+
+
+def test_the_users_exception_arrives_though_its_end_cannot_be_recorded(
+    local: LocalStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Logger] = []
+    close = Logger.close
+    monkeypatch.setattr(Logger, "fact", full)
+    monkeypatch.setattr(Logger, "close", lambda logger: (closed.append(logger), close(logger)))
+    monkeypatch.setattr("orchestrator.execution.script._Recording._describe", lambda *args: None)
+    with pytest.raises(ValueError, match="mine"), orchestrator.start_run(home=local.home):
+        raise ValueError("mine")
+    assert len(closed) == 1, "its lock is gone: the run will be CRASHED"
+
+
+FORKS = """
+import os, sys, orchestrator
+with orchestrator.start_run(name="forks") as run:
+    child = os.fork()
+    if child == 0:
+        sys.exit(0)  # goes through the end of the block
+    assert os.waitpid(child, 0)[1] == 0
+    run.log({"a": 1.0})
+    assert run._recorder.wait_committed(15)
+    with orchestrator.open_catalog() as catalog:
+        print(catalog.run(run.id).status.value)
+"""
+
+
+def test_a_forked_child_that_leaves_the_block_ends_nothing(local: LocalStack, tmp_path: Path) -> None:
+    out, _ = local.run("-c", FORKS, cwd=tmp_path)
+    assert out.split() == ["RUNNING"]
+    assert (newest(local).name, newest(local).status) == ("forks", RunStatus.finished)
+
+
+def test_rank_0_opens_the_run_without_waiting_for_the_others(tmp_path: Path) -> None:
+    """Many a script records on rank 0 alone: a broadcast would wait, or take part in the model's own."""
+    import torch.distributed as dist
+
+    from orchestrator.execution import script
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        script._tell("what rank 0 says")
+        assert script._hear(script.World(rank=1, size=2)) == "what rank 0 says"
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_run_at_a_time(local: LocalStack) -> None:

@@ -198,6 +198,17 @@ def test_two_attempts_of_the_same_work_are_the_same(orc: Orc) -> None:
     assert orc("diff", "first-run@1", "first-run@2").startswith("same: config, code, data, environment\n")
 
 
+def test_an_attempt_that_logged_nothing_has_no_metrics_of_another(orc: Orc, home: Path, store: Store) -> None:
+    begun = opened(store, name="silent-run", storage_url=str(home / "runs"))
+    log(store, begun, 320, 0.5)
+    store.transition(begun.run, 1, RunStatus.failed, now=NOW)
+    opened(store, run=begun.run, storage_url=str(home / "runs"))
+    document = json.loads(orc("diff", "silent-run@1", "silent-run@2", "--json", code=1))
+    assert [(row["a"], row["b"]) for row in document["metrics"]] == [(0.5, None)]
+    newest = json.loads(orc("diff", "silent-run@1", "silent-run", "--json", code=1))
+    assert [(row["a"], row["b"]) for row in newest["metrics"]] == [(0.5, 0.5)], "a run's last values are its own"
+
+
 def test_diff_names_what_differs(orc: Orc) -> None:
     document = json.loads(orc("diff", "first-run", "second-run", "--json", code=1))
     assert set(document["parts"].values()) == {"differs"}

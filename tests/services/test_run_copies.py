@@ -331,6 +331,42 @@ def test_a_run_is_not_removed_under_who_copies_it(store: Store, tmp_path: Path) 
         store.run(ticket.run)
 
 
+def test_a_run_whose_removal_fails_still_gets_its_record(store: Store, tmp_path: Path) -> None:
+    """Who removes it waits for who copies it; for the time of that nobody else can read the run."""
+    ticket, _ = whole_run(store, tmp_path)
+    clock = Clock()
+    writer = service(store, clock)
+    failed: list[Exception] = []
+
+    def remove() -> None:
+        try:
+            store.remove_run(ticket.run, user="", now=NOW)
+        except ModelDependsOnRun as error:
+            failed.append(error)
+
+    with store._writing() as connection:
+        connection.execute("INSERT INTO models (project, name) VALUES ('p', 'm')")
+        connection.execute(
+            "INSERT INTO model_versions (model_id, version, run_id, checkpoint_id) SELECT id, 1, %s, 'step-3'"
+            " FROM models WHERE name = 'm'",
+            (ticket.run,),
+        )
+    remover = threading.Thread(target=remove)
+    with store.snapshot(ticket.run):
+        remover.start()
+        deadline = time.monotonic() + 10
+        while not waits_for_lock(store) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        writer.step(clock.monotonic())
+        assert not (Path(ticket.directory) / layout.RECORD).exists()
+    remover.join(timeout=10)
+    assert failed
+    clock.time += 60
+    writer.step(clock.monotonic())
+    assert (Path(ticket.directory) / layout.RECORD).exists()
+    store.unlock(SINK)
+
+
 def waits_for_lock(store: Store) -> bool:
     with store._writing() as connection:
         found = connection.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
@@ -466,6 +502,9 @@ CHANGES: dict[str, Callable[[tarfile.TarInfo, bytes], list[tuple[Any, bytes]]]] 
     ),
     "a file less": lambda m, d: [] if m.name.endswith("rank-0.log") else [(m, d)],
     "no manifest": lambda m, d: [] if m.name.endswith("manifest.json") else [(m, d)],
+    "a manifest of no files": lambda m, d: [
+        (m, json.dumps(json.loads(d) | {"files": []}).encode() if m.name.endswith("manifest.json") else d)
+    ],
     "a way out": lambda m, d: [(named("../../evil", m), b"x"), (m, d)],
     "a way out below": lambda m, d: [(named(f"{m.name.split('/')[0]}/../../evil", m), b"x"), (m, d)],
     "an absolute path": lambda m, d: [(named("/tmp/evil", m), b"x"), (m, d)],

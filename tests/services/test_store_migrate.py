@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
@@ -51,6 +52,34 @@ def test_an_empty_database_is_brought_to_the_head(database_url: str) -> None:
         assert compare_metadata(context, metadata) == []
     moves = execute(database_url, "SELECT old_status, new_status FROM run_transitions")
     assert set(moves) == {(old.value, new.value) for old, allowed in TRANSITIONS.items() for new in allowed}
+
+
+def test_what_the_first_schema_holds_stays(
+    owned: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A database of the first version, and its backup, become those of this one."""
+    url, other = owned
+    with monkeypatch.context() as before:
+        real = command.upgrade
+        before.setattr(command, "upgrade", lambda config, _: real(config, "0001"))
+        assert migrate.upgrade(url).found == "0001"
+    store, producer, _ = filled(url)
+    run = producer.ticket.run
+    tables = ("runs", "attempts", "params", "metric_chunks", "metric_summaries", "producers", "events")
+    rows = {table: f"SELECT to_jsonb(t) - '{{xid,alive_at}}'::text[] FROM {table} t ORDER BY 1" for table in tables}
+    known = {table: execute(url, query) for table, query in rows.items()}
+    assert all(known.values())
+    old = migrate.backup(url, tmp_path / "old.dump")
+    assert not migrate.restore(other, old).is_current
+    for each in (url, other):
+        assert migrate.upgrade(each).is_current
+        upgraded = Store(each)
+        upgraded.check_schema()
+        assert {table: execute(each, query) for table, query in rows.items()} == known
+        upgraded.vouch([(run, 1)], now=NOW)
+        assert upgraded.vouched() == {(run, 1): NOW}
+        upgraded.close()
+    store.close()
 
 
 def test_a_newer_schema_is_refused(database_url: str) -> None:

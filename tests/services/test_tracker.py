@@ -194,6 +194,17 @@ def test_an_attempt_without_a_sign_of_life_is_crashed_and_a_late_word_counts(wor
     assert world.store.run(ticket.run).status is RunStatus.finished
 
 
+def test_a_tracker_that_stood_still_itself_ends_nobody_for_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    monkeypatch.setattr(world.tracker._stopped, "wait", lambda _: world.clock.advance(100))
+    world.tracker._pause(1.0)
+    world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.running
+    world.clock.advance(16)
+    world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.crashed
+
+
 def test_a_restarted_tracker_watches_the_attempts_it_finds(world: World) -> None:
     ticket = world.tracker.open_run(SPEC)
     world.restart()

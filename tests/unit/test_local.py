@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import socket
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator.config import Enabled, Settings
 from orchestrator.errors import ConfigError, NotFound, UserError
 from orchestrator.execution.choice import is_local
 from orchestrator.execution.local import plan_from_json, plan_to_json, share_of_gpus
+from orchestrator.execution.script import _plain
 from orchestrator.execution.worker import Plan
 from orchestrator.records import RunTicket
 from orchestrator.stack import Stack
 from orchestrator.tracking.local.places import MAX_SOCKET_BYTES, places, private_directory, socket_path
+from orchestrator.tracking.local.places import settings as tracker_settings
 from orchestrator.tracking.local.process import Rest, Work
-from orchestrator.tracking.local.protocol import Response, failure, value_of
+from orchestrator.tracking.local.protocol import Request, Response, failure, receive_request, send, value_of
 
 NO_RAY, WITH_RAY = Stack(home="/h"), Stack(home="/h", ray_address="127.0.0.1:6379")
 
@@ -114,6 +118,45 @@ def test_a_long_data_directory_has_its_socket_elsewhere(tmp_path: Path) -> None:
     long = Path("/" + "a" * 120)
     assert len(str(socket_path(long))) <= MAX_SOCKET_BYTES
     assert socket_path(long) != socket_path(long / "b")
+
+
+def test_everybody_finds_the_same_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / ("long" * 30)
+    before = socket_path(home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert socket_path(home) == before
+
+
+def test_a_tracker_of_another_version_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tracker_settings(NO_RAY)
+    monkeypatch.setattr("orchestrator.application.version", lambda: "0.0.1")
+    assert tracker_settings(NO_RAY) != before
+
+
+@pytest.mark.parametrize(("method", "is_heard"), [("describe", True), ("stop", True), ("open_run", False)])
+def test_a_newer_version_can_end_an_older_tracker(method: str, is_heard: bool) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send(ours, Request(method=method, protocol=99))
+        if is_heard:
+            assert receive_request(theirs).method == method
+        else:
+            with pytest.raises(ConnectionError, match="protocol 99"):
+                receive_request(theirs)
+
+
+@dataclass
+class Lr:
+    value: float = 0.1
+
+
+def test_parameters_of_every_kind_become_plain_values() -> None:
+    given = {"a": {(1, 2): 3}, "b": np.float32(0.5), "c": Lr(), "d": (1, None), "e": {1: True}, "f": float("inf")}
+    assert _plain(given) == {
+        "a": {"(1, 2)": 3}, "b": 0.5, "c": {"value": 0.1}, "d": [1, None], "e": {"1": True}, "f": float("inf"),
+    }  # fmt: skip
+    assert _plain(Lr()) == {"value": 0.1}
+    assert _plain(None) == {}
 
 
 def test_the_local_tracker_shares_no_file_with_the_one_on_ray() -> None:

@@ -72,7 +72,10 @@ def test_damaged_points_are_refused(text: str) -> None:
 
 
 def empty_record(**run: Any) -> record.Record:
-    about = {"id": "20260101-000000-00000001", "directory": "/old/e/r", "links": {}, "updated_at": "", **run}
+    about = {
+        "id": "20260101-000000-00000001", "name": "r", "experiment": "e", "status": "FINISHED", "directory": "/old/e/r",
+        "links": {}, "updated_at": "", **run,
+    }  # fmt: skip
     return {"protocol": record.PROTOCOL, **{part: [] for part in record.PARTS}, "run": about}
 
 
@@ -87,7 +90,25 @@ def test_a_record_is_the_same_wherever_the_run_lies() -> None:
     assert record.likeness(empty_record(name="other")) != record.likeness(empty_record())
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"protocol": 99}', record.encode(empty_record(id="../../etc"))])
+def test_a_record_has_no_password_of_the_storage() -> None:
+    before = empty_record(directory="s3://key:s3cret-canary@bucket/e/r")
+    before["checkpoints"] = [{"uri": "s3://key@bucket/e/r/c1"}, {"uri": "s3://key:s3cret-canary@bucket/e/r/c2"}]
+    moved = record.movable(before)
+    assert b"canary" not in record.encode(moved)
+    assert moved["run"]["directory"] == "s3://key@bucket/e/r"
+    assert [row["uri"] for row in moved["checkpoints"]] == ["./c1", "./c2"]
+    assert record.likeness(before) == record.likeness(moved)
+
+
+NO_RECORDS = [
+    b"", b"[]", b'{"protocol": 99}', record.encode(empty_record(id="../../etc")),
+    record.encode(empty_record(experiment=7)), record.encode(empty_record(name=None)),
+    record.encode(empty_record() | {"summaries": [{"count": "4"}]}), record.encode(empty_record() | {"notes": ["x"]}),
+    record.encode(empty_record() | {"artifacts": [{"uri": None}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", NO_RECORDS)
 def test_what_is_no_record_is_refused(data: bytes) -> None:
     with pytest.raises(BadRecord):
         record.decode(data)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import application
 from orchestrator.stack import Stack
+from orchestrator.tracking.local.protocol import PROTOCOL
 
 MAX_SOCKET_BYTES = 100
 """The kernel takes 107."""
@@ -45,17 +46,19 @@ def places(stack: Stack) -> Places:
 
 
 def settings(stack: Stack) -> str:
-    """What a local tracker is started with, as a fingerprint: one that has another serves another stack."""
-    return hashlib.sha256(f"{stack.database_url} {stack.mlflow_uri}".encode()).hexdigest()[:16]
+    """What a local tracker is started with, as a fingerprint: one that has another serves another stack, or is of
+    another version."""
+    words = f"{stack.database_url} {stack.mlflow_uri} {PROTOCOL} {application.version()}"
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def socket_path(home: Path) -> Path:
-    """In the data directory; where that path is too long for a socket, in a directory of ours for temporary files."""
+    """In the data directory; where that path is too long for a socket, in a directory of ours in /tmp (not in TMPDIR,
+    which may differ between those who have to meet there)."""
     near = home / "local" / "socket"
     if len(os.fsencode(near)) <= MAX_SOCKET_BYTES:
         return near
-    roots = [root for root in (tempfile.gettempdir(), "/tmp") if len(os.fsencode(root)) < MAX_SOCKET_BYTES - 45]
-    return Path(roots[0] if roots else "/tmp") / f"orc-local-{os.geteuid()}" / f"{_digest(home)}.socket"
+    return Path("/tmp") / f"orc-local-{os.geteuid()}" / f"{_digest(home)}.socket"
 
 
 def private_directory(directory: Path) -> None:

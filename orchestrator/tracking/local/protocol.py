@@ -18,6 +18,8 @@ from orchestrator.errors import UserError
 from orchestrator.records import RunSpec, RunTicket
 
 PROTOCOL = 1
+ANY_PROTOCOL = ("describe", "stop")
+"""Understood from every version, so that a newer one can end an older one."""
 MAX_BYTES = 64 << 20
 _LENGTH = struct.Struct("<I")
 _PEER = struct.Struct("3i")
@@ -76,7 +78,7 @@ def send(connection: socket.socket, message: Request | Response) -> None:
 def receive_request(connection: socket.socket) -> Request:
     """Raises ConnectionError when the other side speaks another protocol, or went away."""
     request = Request(**_receive(connection))
-    if request.protocol != PROTOCOL:
+    if request.protocol != PROTOCOL and request.method not in ANY_PROTOCOL:
         raise ConnectionError(f"it speaks protocol {request.protocol}, this version {PROTOCOL}")
     return request
 

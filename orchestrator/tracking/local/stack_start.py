@@ -36,7 +36,7 @@ def running_stack(
     """
     home = Path(home).expanduser().absolute() if home else default_home()
     stack = Stack.find(home)
-    if stack is not None and _has_database(stack):
+    if stack is not None and has_database(stack):
         return stack
     words = [*settings, *([] if stack is not None and _has_ray(stack) else ["ray.enabled=false"])]
     say(f"starting what the stack in {home} lacks (some seconds); `orc --home {home} down` stops it again")
@@ -44,7 +44,8 @@ def running_stack(
     return Stack.load(home)
 
 
-def _has_database(stack: Stack) -> bool:
+def has_database(stack: Stack) -> bool:
+    """Its database answers."""
     if not stack.database_url:
         return False
     try:
