@@ -30,7 +30,7 @@ import psutil
 from orchestrator.catalog import open_catalog
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.config import ProvenanceConfig, config_hash, flatten, redact, redact_text
-from orchestrator.errors import OrchestratorError, ServiceUnavailable, UserError
+from orchestrator.errors import OrchestratorError, RunIsActive, ServiceUnavailable, UserError
 from orchestrator.execution.worker import copy_to_storage, local_directory
 from orchestrator.failures.classify import Evidence, first_cause
 from orchestrator.provenance.record import record
@@ -45,6 +45,8 @@ from orchestrator.training.run import Run, RunStopped
 logger = logging.getLogger(__name__)
 
 FLUSH = 15.0
+LEASE = 30.0
+"""Seconds after which a run whose process is gone is surely called CRASHED."""
 JOIN = 300.0
 """Seconds that the other ranks wait for rank 0 to open the run; PostgreSQL may have to be started first."""
 
@@ -347,11 +349,26 @@ def _open_here(spec: RunSpec, resume: bool | str, home: Path, workers: int) -> O
     )
     try:
         tracker.ensure()
-        ticket = tracker.open_run(spec)
+        ticket = _opened_when_over(tracker, spec)
         spools = tracker.describe()["spool_directory"]
     except (ConnectionError, TimeoutError) as error:
         raise ServiceUnavailable("the local tracker", stack.home, f"{error}.", "`orc status` tells more.") from error
     return Opened(ticket=ticket, stack=stack, spools=spools)
+
+
+def _opened_when_over(tracker: LocalTracker, spec: RunSpec) -> RunTicket:
+    """A run to go on with may have been killed a moment ago (torchrun starts its ranks again): its lease will end."""
+    deadline, is_said = time.monotonic() + LEASE, False
+    while True:
+        try:
+            return tracker.open_run(spec)
+        except RunIsActive as error:
+            if not (spec.resume or spec.run) or time.monotonic() > deadline:
+                raise
+            if not is_said:
+                logger.warning("run %s is RUNNING; waiting up to %.0f s for its end", error.args[0], LEASE)
+            is_said = True
+            time.sleep(0.2)
 
 
 def _refuse_inside() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import orchestrator
 from orchestrator.execution.script import RunIsOpen
-from orchestrator.records import RunStatus
+from orchestrator.records import RunSpec, RunStatus
 from orchestrator.store.views import RunDetail
 from orchestrator.tracking.logger import Logger
 from tests.plugins.local_stack import LocalStack
@@ -206,7 +206,7 @@ with orchestrator.start_run(name="forks") as run:
     assert os.waitpid(child, 0)[1] == 0
     run.log({"a": 1.0})
     assert run._recorder.wait_committed(15)
-    with orchestrator.open_catalog() as catalog:
+    with orchestrator.open_catalog(os.environ["ORC_HOME"]) as catalog:
         print(catalog.run(run.id).status.value)
 """
 
@@ -269,6 +269,14 @@ def test_an_interrupted_run_goes_on_as_its_next_attempt(local: LocalStack) -> No
     assert train(fails=False, resume=True) != first, "nothing was left to go on with"
     assert train(fails=False, resume=local.store.run(first).name) == first
     assert len(local.store.attempts(first)) == 3
+
+
+def test_a_run_that_was_killed_a_moment_ago_goes_on(local: LocalStack) -> None:
+    killed = local.tracker().open_run(RunSpec(experiment="killed", lease=2.0, storage_url=str(local.home / "runs")))
+    with orchestrator.start_run(resume=killed.run, home=local.home) as run:
+        pass
+    assert (run.id, run.attempt) == (killed.run, 2)
+    assert [each.status for each in local.store.attempts(run.id)] == [RunStatus.crashed, RunStatus.finished]
 
 
 def test_random_numbers_are_the_scripts_own_unless_a_seed_is_given(local: LocalStack) -> None:

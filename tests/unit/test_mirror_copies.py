@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -368,3 +369,25 @@ def test_a_file_that_failed_once_arrives_after_a_pause() -> None:
     mirror.settle(2, 61)
     assert mirror.sink.runs["r1"]["files"] == {"plot.png": "v1"}
     assert lag_of(mirror.feed, "recording").runs == 0
+
+
+def test_a_cursor_of_the_version_before_goes_on(mirror: Mirror) -> None:
+    """It knew no reductions, attempts and files: what was begun as rank 0's curve stays that."""
+    mirror.feed.open("r1", workers=2)
+    mirror.feed.log("r1", "loss", [3.0, 2.0])
+    mirror.feed.log("r1", "only_1", [7.0], rank=1)
+    mirror.settle(15)
+    saved = mirror.feed.cursor("recording", "r1")
+    old = {name: saved.state[name] for name in ("target", "curves", "ranks", "nonfinite", "last_ms")}
+    mirror.feed.save_cursor("recording", "r1", replace(saved, state=old))
+    received = mirror.sink.received
+    mirror.feed.reductions = {"loss": "mean", "only_1": "sum"}
+    mirror.restart()
+    for rank in (0, 1):
+        mirror.feed.log("r1", "loss", [1.0 + rank], first_step=2, rank=rank)
+        mirror.feed.log("r1", "only_1", [8.0 + rank], first_step=1, rank=rank)
+    mirror.feed.end("r1")
+    mirror.settle(15)
+    assert mirror.sink.curve("r1", "loss") == {0: 3.0, 1: 2.0, 2: 1.0}
+    assert mirror.sink.curve("r1", "only_1") == {0: 7.0, 1: 8.0}, "rank 0 has it now"
+    assert mirror.sink.received == received + 2, "nothing was sent again"

@@ -168,6 +168,19 @@ def test_a_state_that_cannot_be_stored_ends_the_training_at_once(tmp_path: Path)
         run.report({}, state=run.state(thing=object()))
 
 
+def test_without_a_state_the_end_asks_nothing_of_the_other_ranks(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path, world_size=2)
+    run.log({"a": 1})
+    run.finish()  # a collective would fail here, and hang in a script in which this rank alone records
+
+
+def test_a_run_that_is_told_so_leaves_the_random_generators_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
+    new_run(tmp_path, seeds_generators=False)
+    assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == before
+
+
 def test_finish_saves_what_is_newer_than_the_last_checkpoint(tmp_path: Path) -> None:
     run, recorder = new_run(tmp_path, checkpoints=CheckpointPolicy(every_epochs=0, best_metric="never-given"))
     run.state(model=nn.Linear(1, 1))
