@@ -50,9 +50,7 @@ def _trained(job: Job, arguments: argparse.Namespace, output: Output, *, run: st
     )
     display = progress.display(output.stderr if output.as_json else output.stdout)
     try:
-        outcome = driver.train(
-            job, home=arguments.home, progress=display, run=run, new_run=new_run, open_place=place
-        )
+        outcome = driver.train(job, home=arguments.home, progress=display, run=run, new_run=new_run, open_place=place)
     finally:
         display.close()
     output.result(outcome, lambda: render(outcome, output))

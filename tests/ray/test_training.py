@@ -42,6 +42,9 @@ def test_the_digits_job_reaches_97_percent_and_everything_is_recorded(orc: Orc, 
     for name in ("config.json", "config.yaml", "logs/attempt-1/rank-0.log", "logs/attempt-1/rank-1.log"):
         assert (directory / name).exists(), name
     assert list((directory / "checkpoints").glob("*/MANIFEST.json"))
+    confusion = (directory / "artifacts" / "confusion.csv").read_text().splitlines()
+    assert len(confusion) == 11
+    assert sum(int(value) for row in confusion[1:] for value in row.split(",")[1:]) == 360
 
 
 def test_the_digits_job_shows_up_in_mlflow(orc: Orc, digits: dict[str, Any]) -> None:

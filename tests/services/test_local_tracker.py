@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.progress import Progress
+from cluster.stack_down import down
 from orchestrator.backends import postgres as server_of
 from orchestrator.clock import ManualClock
 from orchestrator.errors import NotFound, RunIsActive
@@ -125,12 +128,15 @@ def test_a_stack_is_started_where_none_was_with_the_database_that_is_given(
     home = tmp_path / "home"
     words = ["database.url=${oc.env:GIVEN_URL}", "mlflow.enabled=false"]
     stack = running_stack(home, words, said.append, {"GIVEN_URL": database_url})
-    assert len(said) == 1
-    assert str(home) in said[0]
-    assert "down" in said[0]
-    assert (stack.database_url, stack.ray_address, stack.mlflow_uri) == (database_url, "", "")
-    assert running_stack(home, say=said.append) == stack
-    assert len(said) == 1, "it runs already"
+    try:
+        assert len(said) == 1
+        assert str(home) in said[0]
+        assert "down" in said[0]
+        assert (stack.database_url, stack.ray_address, stack.mlflow_uri) == (database_url, "", "")
+        assert running_stack(home, say=said.append) == stack
+        assert len(said) == 1, "it runs already"
+    finally:
+        down(home, Progress(io.StringIO()))
 
 
 def test_a_tracker_of_another_stack_is_replaced(local: LocalStack, postgres, template: str) -> None:

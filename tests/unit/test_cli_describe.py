@@ -147,8 +147,9 @@ def test_show_tells_everything_on_terminals_and_in_files(is_terminal: bool) -> N
     shown = stream.getvalue()
     for part in (
         "brave-otter", "FAILED", "rank 1 raised", "what   ValueError: bad", "where  rank 1", "optim.lr",
-        "val/accuracy", "0.9", "3 (1 NaN)", "step-9", "2.0 KiB", "best", "it [broke]", "team=vision", "/runs/digits/r-123",
-        "http://127.0.0.1:8265/#/jobs/raysubmit_1", "orc metrics brave-otter", "next: orc resume r-123",
+        "val/accuracy", "0.9", "3 (1 NaN)", "step-9", "2.0 KiB", "best", "it [broke]", "team=vision",
+        "/runs/digits/r-123", "http://127.0.0.1:8265/#/jobs/raysubmit_1",
+        "orc metrics brave-otter", "next: orc resume r-123",
     ):  # fmt: skip
         assert part in shown
     assert ("\x1b[" in shown) <= is_terminal

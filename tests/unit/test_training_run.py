@@ -459,15 +459,6 @@ def test_the_first_job_learns(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] < 1
 
 
-def test_the_digits_job_learns_and_leaves_a_confusion_matrix(tmp_path: Path) -> None:
-    run, recorder = new_run(tmp_path)
-    digits.train(run, digits.DigitsConfig(epochs=2, hidden=8, batch_size=64))
-    assert recorder.points[-1][1]["val/accuracy"] > 0.8
-    rows = (tmp_path / "artifacts" / "confusion.csv").read_text().splitlines()
-    assert len(rows) == 11
-    assert sum(int(value) for row in rows[1:] for value in row.split(",")[1:]) == 360
-
-
 def test_without_scikit_learn_the_digits_job_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install 'ray-orchestrator\[demo\]'"):
