@@ -66,7 +66,7 @@ def start_services(stack: Stack) -> dict[str, Any]:
         described[name] = ray.get(agent.describe.remote(), timeout=60)
         if (described[name]["debug"], described[name]["spool_directory"]) != (stack.debug, spools):
             ray.kill(agent, no_restart=True)
-            _wait_until_gone(name)
+            _wait_until_gone(name, agent)
             described[name] = ray.get(agents.start(node_id).describe.remote(), timeout=60)
     return described
 
@@ -79,19 +79,21 @@ def _start(start: Any, settings: Mapping[str, Any], name: str) -> dict[str, Any]
     described = ray.get(actor.describe.remote(), timeout=60)
     if described["settings"] != wanted:
         ray.kill(actor, no_restart=True)
-        _wait_until_gone(name)
+        _wait_until_gone(name, actor)
         actor = start(**settings, settings=wanted)
         described = ray.get(actor.describe.remote(), timeout=60)
     return described
 
 
-def _wait_until_gone(name: str) -> None:
+def _wait_until_gone(name: str, actor: Any) -> None:
+    """Until the name is free, or another actor has it: the tracker starts agents, too."""
     import ray
 
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            ray.get_actor(name, namespace="orc")
+            if ray.get_actor(name, namespace="orc") != actor:
+                return
         except ValueError:
             return
         time.sleep(0.1)

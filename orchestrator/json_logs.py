@@ -125,7 +125,9 @@ def keep_service_log(
         path = directory / f"{service}{ENDING}"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handler = RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=KEPT, encoding="utf-8")
+            handler = RotatingFileHandler(
+                path, maxBytes=ROTATE_BYTES, backupCount=KEPT, encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as error:
             problem = error
             continue

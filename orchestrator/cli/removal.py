@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import getpass
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.account import user_name
 from orchestrator.catalog import open_store
 from orchestrator.catalog.database import DatabaseCatalog
 from orchestrator.cli import text
@@ -113,7 +112,7 @@ def _agreed(doomed: Sequence[Doomed], output: Output) -> bool:
 def _removed(store: Store, one: Doomed, arguments: argparse.Namespace, output: Output) -> bool:
     """False when the record is gone and files are left."""
     if one.status != REMOVED:
-        store.remove_run(one.run, user=_user(), now=time.time(), force=arguments.force)
+        store.remove_run(one.run, user=user_name(), now=time.time(), force=arguments.force)
     if not arguments.keep_files:
         try:
             removal.remove(one.run, one.directory)
@@ -137,10 +136,3 @@ def _lines(doomed: Sequence[Doomed]) -> list[str]:
         if one.mlflow:
             lines.append(f"  its copy in MLflow stays: {one.mlflow}")
     return lines
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        return str(os.getuid())

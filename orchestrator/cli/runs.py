@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.account import user_name
 from orchestrator.catalog import open_store
 from orchestrator.cli import describe, text
 from orchestrator.cli.access import asked_catalog, ray_dashboard
@@ -120,7 +120,7 @@ def cancel(arguments: argparse.Namespace, output: Output) -> int:
         run = DatabaseCatalog(store).run(arguments.run)
         if run.status.is_terminal:
             raise UserError(f"Run {run.name} is {run.status}: there is nothing to cancel.")
-        user = _user()
+        user = user_name()
         through = "tracker"
         try:
             _ask_tracker(Stack.load(arguments.home), run.run, user)
@@ -134,15 +134,6 @@ def cancel(arguments: argparse.Namespace, output: Output) -> int:
         document, lambda: output.line(f"run {run.name} was asked to stop; `orc show {run.run}` tells when it has")
     )
     return 0
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        return str(os.getuid())
 
 
 def _ask_tracker(stack: Stack, run: str, user: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import orchestrator
 from orchestrator import config
+from orchestrator.account import user_name
 from orchestrator.catalog import open_catalog
 from orchestrator.cli.configs import composed
 from orchestrator.cli.output import Output
@@ -24,6 +24,7 @@ from orchestrator.config.redaction import redact_value
 from orchestrator.errors import ConfigError, UserError
 from orchestrator.execution import submission, upload
 from orchestrator.execution.submission import Follower, JobServer, JobState, Submission
+from orchestrator.provenance.record import told_to_jobs
 from orchestrator.provenance.tree import is_secret_file
 from orchestrator.stack import Stack
 from orchestrator.store.names import run_id
@@ -50,7 +51,7 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
     job, config_dir = _checked(arguments, directory)
     overrides = list(arguments.overrides)
     if not job.settings.run.user:  # the job itself runs under the cluster's account
-        overrides.append(f"run.user={json.dumps(_user(), ensure_ascii=False)}")
+        overrides.append(f"run.user={json.dumps(user_name(), ensure_ascii=False)}")
     forwarded = forwarded_variables([*job.settings.submit.env, *arguments.env], os.environ)
     _note_variables(job, arguments.overrides, forwarded, output)
     files = upload.selected(directory, [*job.settings.submit.exclude, *arguments.exclude], [arguments.home])
@@ -82,7 +83,7 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
                 id=id,
                 entrypoint=command,
                 metadata=metadata,
-                environment=forwarded,
+                environment={**told_to_jobs(directory, os.environ), **forwarded},
                 archive=archive if files else None,
             )
             state = _sent(server, wanted, output)
@@ -166,7 +167,7 @@ def _metadata(job: Job, run: str, code: str) -> dict[str, str]:
         "orc.run": run,
         "orc.name": settings.name,
         "orc.experiment": settings.experiment,
-        "orc.user": settings.user or _user(),
+        "orc.user": settings.user or user_name(),
         "orc.config": job.hash[:12],
         "orc.code": code[:12],
     }
@@ -236,10 +237,3 @@ def _render(state: JobState, run: str, output: Output) -> None:
         ("stop", stop),
     ]
     output.fields([("why", state.message)] if never_began else [] if state.is_over else going_on, indent="  ")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())

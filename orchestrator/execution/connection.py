@@ -27,6 +27,8 @@ def connect(stack: Stack, metadata: Mapping[str, str] | None = None) -> Any:
             "ray", stack.home, "this stack has no Ray.", "Start it with `orc up ray.enabled=true`."
         )
     os.environ.update(stack.client_environment())
+    # Read when ray is imported. A thread that outlives this connection must not start a Ray of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
     from ray.job_config import JobConfig
 

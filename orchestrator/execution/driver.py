@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import getpass
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from orchestrator.account import user_name
 from orchestrator.config import (
     Job,
     Resume,
@@ -32,9 +32,9 @@ from orchestrator.config import (
 )
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
-from orchestrator.errors import ServiceUnavailable, UserError
+from orchestrator.errors import RunIsActive, ServiceUnavailable, UserError
 from orchestrator.execution.on_ray import OnRay
-from orchestrator.execution.place import Place
+from orchestrator.execution.place import Place, Tracker
 from orchestrator.execution.ray_names import job_metadata
 from orchestrator.execution.run_logs import driver_log, structured
 from orchestrator.execution.worker import STOPPED, Plan, copy_to_storage, local_directory, log_path
@@ -48,6 +48,10 @@ from orchestrator.tracking.logger import Logger
 logger = logging.getLogger(__name__)
 
 FLUSH = 15.0
+PATIENCE = 120.0
+"""Seconds in which a restart finds the tracker again: it may have been on what the attempt before was lost with."""
+PAUSE = 1.0
+"""Seconds between two tries to begin a restart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +103,31 @@ class Silent:
     def finished(self, outcome: Outcome) -> None: ...
 
 
+class _Shown:
+    """A watcher whose failure, a closed pipe say, ends no run and costs no record."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def started(self, ticket: RunTicket) -> None:
+        self._tell(self._progress.started, ticket)
+
+    def phase(self, what: str) -> None:
+        self._tell(self._progress.phase, what)
+
+    def update(self, view: LiveView) -> None:
+        self._tell(self._progress.update, view)
+
+    def finished(self, outcome: Outcome) -> None:
+        self._tell(self._progress.finished, outcome)
+
+    def _tell(self, word: Callable[[Any], None], what: Any) -> None:
+        try:
+            word(what)
+        except Exception:
+            logger.debug("the display failed", exc_info=True)
+
+
 def train(
     job: Job,
     *,
@@ -114,7 +143,7 @@ def train(
     Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable, RunIsActive.
     A run that fails does not raise: the outcome says so.
     """
-    progress = progress or Silent()
+    progress = _Shown(progress or Silent())
     stack = Stack.load(home)
     # The id is chosen here, so that the Ray job can carry it from its first moment.
     spec = replace(_spec(job, stack), run=run, new_run=new_run or run_id(time.time()))
@@ -130,23 +159,59 @@ def train(
 def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Progress) -> Outcome:
     """Attempts of one run, until one ends in a way that another would not mend, or the restarts are used up."""
     restarts, most = 0, job.settings.failures.max_restarts
+    # Before a run is open: from then on its lease runs, and nobody renews it until the attempt begins.
+    spools = _asked(stack, place.tracker.describe)["spool_directory"]
     while True:
         decide = functools.partial(after, restarts=restarts, most=most)
-        try:
-            ticket = place.tracker.open_run(spec)
-            attempt = _Attempt(job, stack, place, ticket, progress, decide)
-        except (ConnectionError, TimeoutError) as error:
-            hint = "`orc status` tells more."
-            raise ServiceUnavailable("the tracker", stack.ray_address or stack.home, f"{error}.", hint) from error
+        ticket = _opened(stack, place.tracker, spec, patience=PATIENCE + spec.lease if restarts else 0.0)
+        attempt = _Attempt(job, stack, place, ticket, spools, progress, decide)
         progress.started(ticket)
         outcome = attempt.run()
-        if not decide(outcome.status, outcome.error).is_restart:
+        if attempt.is_asked_to_stop or not decide(outcome.status, outcome.error).is_restart:
             return outcome
         pause = min(2.0**restarts, 60.0)
         restarts += 1
         progress.phase(f"restarting in {pause:.0f} s ({restarts} of {_limit(most)})")
         time.sleep(pause)
+        if _is_to_end(place.tracker, outcome):
+            return outcome
         spec = replace(spec, run=outcome.run, after_attempt=outcome.attempt)
+
+
+def _is_to_end(tracker: Tracker, outcome: Outcome) -> bool:
+    """Somebody cancelled the run while its attempt ended, or began the next one: a restart would undo that."""
+    try:
+        return tracker.heartbeat(outcome.run, outcome.attempt)
+    except Exception:
+        logger.debug("nobody tells whether the run was cancelled", exc_info=True)
+        return False
+
+
+def _opened(stack: Stack, tracker: Tracker, spec: RunSpec, patience: float) -> RunTicket:
+    """The next attempt. For `patience` seconds tries again when the tracker or its database is away.
+
+    Where an answer was lost, the attempt that nobody began ends with its lease; until then the run looks active.
+    """
+    deadline = time.monotonic() + patience
+    is_answer_lost = False
+    while True:
+        try:
+            return _asked(stack, lambda: tracker.open_run(spec))
+        except (ServiceUnavailable, RunIsActive) as error:
+            if time.monotonic() >= deadline or (isinstance(error, RunIsActive) and not is_answer_lost):
+                raise
+            is_answer_lost = True
+            logger.info("the next attempt cannot begin yet: %s", error)
+        time.sleep(PAUSE)
+
+
+def _asked(stack: Stack, question: Callable[[], Any]) -> Any:
+    """The tracker's answer. Raises ServiceUnavailable when there is none."""
+    try:
+        return question()
+    except (ConnectionError, TimeoutError) as error:
+        hint = "`orc status` tells more."
+        raise ServiceUnavailable("the tracker", stack.ray_address or stack.home, f"{error}.", hint) from error
 
 
 def _limit(most: int) -> str:
@@ -154,13 +219,15 @@ def _limit(most: int) -> str:
 
 
 Decide = Callable[[RunStatus, Mapping[str, Any]], Decision]
+Ending = tuple[RunStatus, str, Mapping[str, Any]]
+"""(status, reason, error)"""
 
 
 class _Attempt:
     """The life of one attempt in the driver."""
 
     def __init__(
-        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, progress: Progress, decide: Decide
+        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, spools: str, progress: Progress, decide: Decide
     ) -> None:
         self._job, self._stack, self._place, self._ticket, self._progress = job, stack, place, ticket, progress
         self._decide = decide
@@ -172,36 +239,51 @@ class _Attempt:
         self._over = threading.Event()
         self._announced = ""
         self._waited_for = ""
-        self._spools = self._tracker.describe()["spool_directory"]
-        self._facts = Logger(Path(self._spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
+        self._spools = spools
+        self._facts = Logger(Path(spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Also when the wish came too late to end the attempt: then it is not restarted."""
+        return self._stop_since is not None
 
     def run(self) -> Outcome:
         # From here on, so that nothing slow before or after the training looks like a dead driver.
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        with _signals(self._on_signal):
-            try:
-                status, reason, error = self._logged()
-            except UserError as problem:
-                status, reason = RunStatus.failed, str(problem)
-                error = {"type": type(problem).__name__, "message": str(problem)}
-            except Exception as problem:
-                # Our own defect must leave a terminal state behind, and be seen.
-                logger.exception("the driver failed")
-                status, reason = RunStatus.failed, f"the orchestrator failed: {problem}"
-                error = {"type": type(problem).__name__, "message": str(problem)}
-            return self._finish(status, reason, error)
+        try:
+            with _signals(self._on_signal):
+                return self._finish(*self._ended(self._logged))
+        finally:
+            self._over.set()  # whatever happened: a lease that is renewed for ever would keep the run RUNNING
 
-    def _logged(self) -> tuple[RunStatus, str, Mapping[str, Any]]:
+    def _ended(self, work: Callable[[], Ending]) -> Ending:
+        """How the work ended. What it raises leaves a terminal state behind, too, and no secret in it."""
+        try:
+            return work()
+        except UserError as problem:
+            return self._failed("", problem)
+        except Exception as problem:
+            logger.exception("the driver failed")  # our own defect must be seen
+            return self._failed("the orchestrator failed: ", problem)
+
+    def _failed(self, words: str, problem: Exception) -> Ending:
+        message = redact_text(str(problem), self._job.secrets)
+        return RunStatus.failed, f"{words}{message}", {"type": type(problem).__name__, "message": message}
+
+    def _logged(self) -> Ending:
         """The attempt, with what the driver logs in a file of the run's directory."""
         log = log_path(self._ticket, rank=-1)
         debug = self._job.settings.tracking.debug
         with driver_log(log, self._ticket, secrets=self._job.secrets, components=debug):
             logger.info("attempt %d of run %s begins", self._ticket.attempt, self._ticket.run)
-            self._describe()
-            status, reason, error = self._train()
+            status, reason, error = self._ended(self._described_and_trained)
             logger.info("it ended %s %s", status.value, reason)
         copy_to_storage(self._ticket, log, structured(log))
         return status, reason, error
+
+    def _described_and_trained(self) -> Ending:
+        self._describe()
+        return self._train()
 
     # -- the three parts
 
@@ -231,7 +313,7 @@ class _Attempt:
             logger.warning("%s", warning)
             self._fact(FactKind.event, {"kind": "source-incomplete", "level": "warning", "message": warning})
 
-    def _train(self) -> tuple[RunStatus, str, Mapping[str, Any]]:
+    def _train(self) -> Ending:
         self._progress.phase("starting workers")
         fit = _Background(self._fit)
         fit.start()
@@ -346,7 +428,7 @@ class _Attempt:
 
     def _ask_to_stop(self) -> None:
         try:
-            self._tracker.cancel(self._ticket.run, _user())
+            self._tracker.cancel(self._ticket.run, user_name())
         except Exception:
             logger.warning("the ranks could not be asked to stop; they are ended after the grace time", exc_info=True)
 
@@ -432,7 +514,7 @@ def _spec(job: Job, stack: Stack) -> RunSpec:
     return RunSpec(
         experiment=run.experiment,
         project=run.project,
-        user=run.user or _user(),
+        user=run.user or user_name(),
         name=run.name,
         description=run.description,
         tags=dict(run.tags),
@@ -445,13 +527,6 @@ def _spec(job: Job, stack: Stack) -> RunSpec:
         lease=job.settings.tracking.lease,
         resume=run.resume is Resume.auto,
     )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def _working_directory() -> list[str]:

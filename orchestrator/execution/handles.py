@@ -66,7 +66,8 @@ class RemoteTracker:
         return self._remote.call("open_run", spec, timeout=30.0)
 
     def heartbeat(self, run: str, attempt: int) -> bool:
-        return self._remote.call("heartbeat", run, attempt)
+        # A lost answer must leave time for another beat before the lease is over.
+        return self._remote.call("heartbeat", run, attempt, timeout=4.0)
 
     def cancel(self, run: str, user: str = "") -> None:
         self._remote.call("cancel", run, user)

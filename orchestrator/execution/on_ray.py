@@ -144,7 +144,12 @@ def _per_worker(wanted: ResourcesConfig) -> dict[str, float]:
 
 def _with_lost_nodes(evidence: Sequence[Evidence], placement: Placement) -> list[Evidence]:
     """Ray tells of a dead node late, and the ranks elsewhere only that somebody hung up."""
-    lost = placement.lost(NOTICE if _may_be_a_lost_node(evidence, placement) else 0.0)
+    try:
+        lost = placement.lost(NOTICE if _may_be_a_lost_node(evidence, placement) else 0.0)
+    except Exception:
+        # With the head away nobody can tell; what the ranks said must not be lost for it.
+        logger.warning("Ray does not tell whether a node is gone", exc_info=True)
+        return list(evidence)
     ranks = {found.rank for found in lost}
     return [*lost, *(found for found in evidence if found.rank not in ranks)]
 

@@ -123,14 +123,16 @@ class Placement:
             time.sleep(0.25)
 
     def _run(self) -> None:
+        is_told = False
         while not self._over.wait(self.PAUSE):
             try:
                 if self._look():
                     return
             except Exception:
-                # Only the words about waiting and lost nodes are at stake.
-                logger.warning("Ray does not tell where the ranks are placed", exc_info=True)
-                return
+                # Only the words about waiting and lost nodes are at stake. The head may just be starting again.
+                if not is_told:
+                    logger.warning("Ray does not tell where the ranks are placed; trying again", exc_info=True)
+                is_told = True
 
     def _look(self) -> bool:
         """True once all ranks have their place."""

@@ -37,7 +37,7 @@ def rank_log(
     secrets = tuple(secrets)
     identity = {"run": ticket.run, "attempt": ticket.attempt, "rank": rank}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file, structured(path).open("a", buffering=1, encoding="utf-8") as json_file:
+    with _appended(path) as file, _appended(structured(path)) as json_file:
         out, err = sys.stdout, sys.stderr
         json_stream, lines = _Unbreakable(json_file), Lines(identity)
         printed = [_Printed(json_stream, lines, name) for name in ("stdout", "stderr")]
@@ -73,9 +73,9 @@ def driver_log(
 ) -> Iterator[None]:
     """What the driver logs goes to `path` and the JSON lines beside it as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    as_text = logging.FileHandler(path)
+    as_text = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     as_text.setFormatter(logging.Formatter(TEXT_FORMAT))
-    as_json = logging.FileHandler(structured(path), encoding="utf-8")
+    as_json = logging.FileHandler(structured(path), encoding="utf-8", errors="backslashreplace")
     as_json.setFormatter(JsonFormatter({"run": ticket.run, "attempt": ticket.attempt, "rank": -1}))
     ours = logging.getLogger("orchestrator")
     level = ours.level
@@ -91,6 +91,11 @@ def driver_log(
             ours.removeHandler(handler)
             handler.close()
         ours.setLevel(level)
+
+
+def _appended(path: Path) -> TextIO:
+    """Takes every text, in every locale; what UTF-8 has no bytes for is escaped, as JSON wants it, too."""
+    return path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
 
 class _Tee:

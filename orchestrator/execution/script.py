@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import getpass
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from orchestrator.account import user_name
 from orchestrator.catalog import open_catalog
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.config import ProvenanceConfig, config_hash, flatten, redact, redact_text
@@ -266,7 +266,7 @@ def _spec(
     return RunSpec(
         experiment=experiment,
         project=project,
-        user=_user(),
+        user=user_name(),
         name=name,
         description=description,
         tags={str(key): str(value) for key, value in (tags or {}).items()},
@@ -449,10 +449,3 @@ def _device_in_use() -> str | None:
 
 def _host() -> str:
     return socket.gethostname()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())

@@ -10,7 +10,6 @@ nothing and wait for nothing. The tracker is the stack's where Ray is the stack'
 from __future__ import annotations
 
 import functools
-import getpass
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Report
 from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, TRAINING_ITERATION
 
+from orchestrator.account import user_name
 from orchestrator.config import config_hash, flatten, redact, redact_text
 from orchestrator.errors import ServiceUnavailable
 from orchestrator.execution.place import Tracker
@@ -319,7 +319,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _spec(experiment: str, project: str, name: str, tags: Mapping[str, str] | None) -> RunSpec:
     shown = {str(key): str(value) for key, value in (tags or {}).items()}
-    return RunSpec(experiment=experiment, project=project, name=name, tags=shown, user=_user())
+    return RunSpec(experiment=experiment, project=project, name=name, tags=shown, user=user_name())
 
 
 def _with_config(spec: RunSpec, config: Mapping[str, Any], workers: int) -> RunSpec:
@@ -347,10 +347,3 @@ def _evidence(rank: int, error: BaseException) -> Evidence:
     text = "".join(traceback.format_exception(error)) if not isinstance(error, ray.exceptions.RayActorError) else ""
     message = redact_text(str(cause).strip().splitlines()[-1] if str(cause).strip() else "")
     return Evidence(rank=rank, type=type(cause).__name__, message=message, traceback=redact_text(text), at=time.time())
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, ServiceUnavailable
 from orchestrator.records import RunStatus
 
 
@@ -164,6 +164,8 @@ def _kind(cause: Evidence) -> FailureKind:
         return FailureKind.out_of_memory
     if _HUNG_UP.search(text):
         return FailureKind.worker_killed  # an echo is the cause only where the rank that died left nothing behind
+    if cause.type == ServiceUnavailable.__name__:
+        return FailureKind.service  # also with a traceback: only our own code raises it
     if cause.traceback:
         return FailureKind.user_bug
     if _NODE_LOST.search(text):

@@ -144,8 +144,18 @@ def _git(repository: Repository | None, environ: Mapping[str, str]) -> dict[str,
     return submitted_git(repository)
 
 
+def told_to_jobs(directory: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variable by which a job that has no `.git` knows what git says here; none where git says nothing."""
+    try:
+        repository = Repository.around(Path(os.path.realpath(directory)), environ)
+        return {} if repository is None else {SUBMITTED: json.dumps(_without_long_lists(submitted_git(repository)))}
+    except Exception:  # the border: provenance must not hinder a job
+        logger.info("provenance: git is missing", exc_info=True)
+        return {}
+
+
 def submitted_git(repository: Repository) -> dict[str, Any]:
-    """What git says, with untracked files by name; as JSON in ORC_GIT it tells a job without `.git` the same."""
+    """What git says, with untracked files by name."""
     untracked = [listed.path for listed in repository.files() if not listed.is_tracked]
     return {**repository.state(), "untracked": untracked}
 
@@ -186,7 +196,8 @@ def _without_long_lists(git: Mapping[str, Any]) -> dict[str, Any]:
     short = dict(git)
     for name in ("changed", "untracked"):
         if isinstance(names := short.get(name), list):
-            short[name], short[f"{name}_files"] = names[:MOST_NAMES], len(names)
+            short[name] = names[:MOST_NAMES]
+            short.setdefault(f"{name}_files", len(names))  # a job was told a list that was cut already
     return short
 
 

@@ -36,6 +36,11 @@ class Leases:
     def holds(self, attempt: AttemptId) -> bool:
         return attempt in self._deadlines
 
+    def is_superseded(self, attempt: AttemptId) -> bool:
+        """Whether a later attempt of the same run holds a lease."""
+        run, number = attempt
+        return any(other == run and later > number for other, later in list(self._deadlines))
+
     def expired(self, now: float) -> list[AttemptId]:
         return [attempt for attempt, deadline in list(self._deadlines.items()) if deadline <= now]
 

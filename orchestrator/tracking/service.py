@@ -149,12 +149,15 @@ class TrackerService:
             taken = self._accept(batches)
         for batch in taken:
             self._watch(batch)
-        return [ack for batch in batches if (ack := self._ack(batch.producer, batch.stream, batch.run)) is not None]
+        acks = [self._ack(batch.producer, batch.stream, (batch.run, batch.attempt)) for batch in batches]
+        return [ack for ack in acks if ack is not None]
 
     def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
         """Where each (producer, run, attempt) stands, both streams."""
         self._learn([producer for producer, _, _ in producers])
-        acks = [self._ack(producer, stream, run) for producer, run, _ in producers for stream in Stream]
+        acks = [
+            self._ack(producer, stream, (run, attempt)) for producer, run, attempt in producers for stream in Stream
+        ]
         return [ack for ack in acks if ack is not None]
 
     def _accept(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -213,13 +216,18 @@ class TrackerService:
         # Of both streams: the log and a commit may tell of one alone.
         return all((producer, stream) in known for stream in Stream for known in (self._accepted, self._committed))
 
-    def _ack(self, producer: str, stream: Stream, run: str) -> Ack | None:
+    def _ack(self, producer: str, stream: Stream, attempt: AttemptId) -> Ack | None:
         key = (producer, stream)
         accepted = self._accepted.get(key)
         if accepted is None:
             return None
         committed = min(self._committed.get(key, 0), accepted)
-        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=run in self._stopping)
+        stop = self._should_stop(attempt)
+        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=stop)
+
+    def _should_stop(self, attempt: AttemptId) -> bool:
+        """The run was asked to stop, or a later attempt took this one's place: two must not train at once."""
+        return attempt[0] in self._stopping or self._leases.is_superseded(attempt)
 
     def _watch(self, batch: Batch) -> None:
         if batch.stream is Stream.points:
@@ -259,7 +267,7 @@ class TrackerService:
         if self._leases.holds((run, attempt)):
             self._others.pop((run, attempt), None)
             self._leases.renew((run, attempt), self._clock.monotonic())
-        return run in self._stopping
+        return self._should_stop((run, attempt))
 
     def cancel(self, run: str, user: str = "") -> None:
         """Asks a run to stop: its ranks learn of it with the next acknowledgement, the driver with its heartbeat."""

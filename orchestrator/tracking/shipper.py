@@ -6,6 +6,7 @@ their agents ships, the others stand by.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -44,15 +45,17 @@ class Turn:
         self._fd = -1
 
     def is_mine(self) -> bool:
-        """Takes the turn if it is free."""
+        """Takes the turn if it is free. Raises OSError where nobody can have it."""
         if self._fd >= 0:
             return True
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(fd)
-            return False
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise  # no locks here: standing by for ever would ship nothing and say nothing
         self._fd = fd
         return True
 

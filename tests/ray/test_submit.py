@@ -43,6 +43,9 @@ def train(run, cfg: Config):
 """
 
 
+AUTHOR = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's own, with folders of the names of ours and 60 MB of data that git ignores."""
@@ -61,6 +64,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data").mkdir()
     with (root / "data" / "images.bin").open("wb") as data:
         data.truncate(60_000_000)
+    for words in (["init", "-q"], ["add", "."], [*AUTHOR, "commit", "-qm", "all of it"]):
+        subprocess.run(["git", "-C", str(root), *words], check=True)
     return root
 
 
@@ -104,13 +109,18 @@ def first(submit: Submit) -> tuple[str, str]:
     return out, err
 
 
-def test_a_job_of_somebody_elses_project_finishes(orc: Orc, first: tuple[str, str]) -> None:
+def test_a_job_of_somebody_elses_project_finishes(orc: Orc, first: tuple[str, str], project: Path) -> None:
     (row,) = [row for row in orc.store().runs(limit=100) if row.job == "theirs-1"]
     assert (row.status, row.name) == ("FINISHED", "theirs")
     tags = orc.store().tags(row.run)
     assert (tags["colour"], tags["data"]) == ("red", "False")
     assert "_ray_pkg_" in tags["cluster"], "their own cluster/ was imported, not ours"
     assert orc.store().points(row.run, "value", rank=1).values.tolist() == [0.5]
+    (attempt,) = orc.store().attempts(row.run)
+    commit = subprocess.run(
+        ["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    assert attempt.provenance["git"]["commit"] == commit.stdout.strip(), "although .git stayed here"
 
 
 def test_a_lost_answer_and_a_lost_connection_make_one_job_and_no_line_twice(

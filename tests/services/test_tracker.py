@@ -477,3 +477,19 @@ def test_a_spool_that_somebody_removed_is_forgotten(world: World) -> None:
     logger.close()
     world.shipper.step()
     assert world.shipper.backlog()["producers"] == 0
+
+
+def test_what_still_lives_of_an_attempt_is_told_to_stop_when_the_next_one_took_its_place(world: World) -> None:
+    """A driver that stood still longer than its lease, ranks on a node that nobody could reach."""
+    first = world.tracker.open_run(SPEC)
+    ranks = world.logger(first)
+    world.clock.advance(SPEC.lease + 1)
+    world.tracker.lease_step()
+    assert not world.tracker.heartbeat(first.run, 1), "alone it may go on, its last word counts"
+    second = world.tracker.open_run(replace(SPEC, run=first.run))
+    their_ranks = world.logger(second)
+    world.settle()
+    assert ranks.stop_requested()
+    assert world.tracker.heartbeat(first.run, 1)
+    assert not their_ranks.stop_requested()
+    assert not world.tracker.heartbeat(second.run, second.attempt)

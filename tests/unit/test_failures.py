@@ -29,6 +29,11 @@ ECHO = Evidence(
             RunStatus.crashed,
         ),
         (Evidence(rank=1, type="NodeDiedError", message="the node died"), FailureKind.node_lost, RunStatus.crashed),
+        (
+            Evidence(rank=1, type="ServiceUnavailable", message="the tracker is away", traceback="File"),
+            FailureKind.service,
+            RunStatus.failed,
+        ),
         (Evidence(rank=1, type="Strange", message=""), FailureKind.unknown, RunStatus.failed),
     ],
 )

@@ -25,7 +25,7 @@ from orchestrator.provenance.archive import Limits, Reason
 from orchestrator.provenance.datasets import BadDataset, declared, fingerprint
 from orchestrator.provenance.fingerprint import code, complete, data, different
 from orchestrator.provenance.git import SUBMITTED, Repository, without_credentials
-from orchestrator.provenance.record import Recorded, record
+from orchestrator.provenance.record import Recorded, record, told_to_jobs
 from orchestrator.provenance.tree import NotSource, is_secret_file, trees
 
 SECRET = "canary-s3cret-1234"
@@ -153,6 +153,17 @@ def test_a_job_without_git_repeats_what_was_submitted(tmp_path: Path) -> None:
     told = {SUBMITTED: json.dumps({"commit": "abc", "branch": "main"})}
     values = describe(tmp_path / "code", tmp_path / "run", environ=ENVIRON | told).values
     assert values["git"] == {"commit": "abc", "branch": "main"}
+
+
+def test_what_a_job_is_told_is_what_git_says_here(project: Path, tmp_path: Path) -> None:
+    here = describe(project, tmp_path / "here").values["git"]
+    told = told_to_jobs(project / "sub", ENVIRON)
+    fill(tmp_path / "code", {"a.py": "1"})
+    there = describe(tmp_path / "code", tmp_path / "there", environ=ENVIRON | told).values["git"]
+    assert here["commit"]
+    assert here["changed"]
+    assert there == {name: value for name, value in here.items() if not name.startswith("diff_")}
+    assert told_to_jobs(tmp_path / "code", ENVIRON) == {}
 
 
 # -- the archive

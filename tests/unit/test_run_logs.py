@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import multiprocessing
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,14 @@ def test_a_line_reads_as_text() -> None:
     assert first.endswith(",250 INFO a.b m")
     assert second == "T"
     assert json_logs.as_text("no JSON") == "no JSON"
+
+
+def test_what_utf8_has_no_bytes_for_is_kept_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's name that is no text, as Python gives it."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    path = tmp_path / "rank-0.log"
+    with rank_log(path, TICKET, 0):
+        print("caf\u00e9")
+        logging.getLogger("mine").warning("read %s", "\udcff.txt")
+    assert [entry["message"] for entry in entries(path)] == ["caf\u00e9", "read \udcff.txt"]
+    assert "\\udcff.txt" in path.read_text(encoding="utf-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 
 from orchestrator.config import Placement as Strategy
 from orchestrator.config import ResourcesConfig
+from orchestrator.execution import on_ray
 from orchestrator.execution.agents import AgentWatch, to_give_up, to_start
 from orchestrator.execution.on_ray import _others
-from orchestrator.execution.placement import Node, lost_ranks, wait_text
+from orchestrator.execution.placement import Node, Placement, lost_ranks, wait_text
 from orchestrator.execution.ray_names import rank_of_bundle
 from orchestrator.failures.classify import Evidence, FailureKind, first_cause
 from orchestrator.records import Ack, RunStatus
@@ -124,6 +127,33 @@ def test_a_node_that_ray_has_forgotten_is_gone() -> None:
     assert node("a").id in lost.message
 
 
+def test_who_watches_the_placement_survives_a_head_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [ConnectionError("the head is away"), OSError("still"), False, True]
+
+    def look(self: Placement) -> bool:
+        found = looks.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(Placement, "PAUSE", 0.001)
+    monkeypatch.setattr(Placement, "_look", look)
+    with Placement("a run's"):
+        deadline = time.monotonic() + 10
+        while looks and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert looks == []
+
+
+def test_a_head_that_is_away_costs_nothing_of_what_the_ranks_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away() -> list[Node]:
+        raise ConnectionError("the head is away")
+
+    monkeypatch.setattr("orchestrator.execution.placement.nodes", away)
+    said = [Evidence(rank=0, type="ValueError", message="bad", traceback="Traceback")]
+    assert on_ray._with_lost_nodes(said, Placement("a run's")) == said
+
+
 def test_rays_text_about_a_dead_node_is_understood() -> None:
     finding = first_cause([HUNG_UP, Evidence(rank=1, type="ActorDiedError", message=NODE_DIED)])
     assert (finding.kind, finding.evidence.rank) == (FailureKind.node_lost, 1)
@@ -217,3 +247,12 @@ def test_one_of_two_agents_on_a_machine_ships_and_the_other_goes_on_when_it_dies
     shipper.step()
     assert shipper.is_shipping
     assert len(tracker.batches) == 1
+
+
+def test_where_nobody_can_have_the_turn_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("orchestrator.tracking.shipper.fcntl.lockf", no_locks)
+    with pytest.raises(OSError, match="No locks"):
+        Turn(tmp_path).is_mine()
