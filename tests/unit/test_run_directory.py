@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.backends.storage import Storage
-from orchestrator.directory import files, finder, identity, layout, metrics_file, record, removal
+from orchestrator.directory import bundle, files, finder, identity, layout, metrics_file, record, removal
 from orchestrator.errors import AmbiguousName
 from orchestrator.records import RunStatus, RunTicket
 from orchestrator.store.errors import BadRecord
@@ -157,3 +157,12 @@ def test_only_what_is_named_like_the_run_is_removed(tmp_path: Path) -> None:
     removal.remove(FIRST, str(tmp_path / "e" / FIRST))
     removal.remove(FIRST, str(tmp_path / "e" / FIRST))
     assert not (tmp_path / "e" / FIRST).exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a\\..\\b", "a\0b", "a/"]
+)
+def test_a_path_that_leads_elsewhere_is_no_file_of_a_bundle(path: str) -> None:
+    assert not bundle.stays_inside(path)
+    assert bundle.stays_inside("logs/attempt-1/rank-0.log")
+    assert bundle.stays_inside("a..b/...c")

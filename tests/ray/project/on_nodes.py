@@ -43,7 +43,8 @@ def averages(run, cfg: Epochs) -> None:
             run.log({"loss": loss, "count": count}, step=epoch * cfg.steps + count % cfg.steps)
             count += 1
             if journal:
-                with open(journal, "w") as file:
+                with open(f"{journal}.new", "w") as file:
                     file.write(str(count))
+                os.replace(f"{journal}.new", journal)  # a kill in between must not leave an empty file
             time.sleep(cfg.pause)
         run.report({"epoch_done": epoch}, state=state)
