@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-CAPS = {"unit": 30, "services": 300, "ray": 480, "chaos": 300, "journeys": 300}
+CAPS = {"unit": 30, "services": 300, "ray": 600, "chaos": 300, "journeys": 300}
 """Seconds of wall-clock on two cores."""
 
 
