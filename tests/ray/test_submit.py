@@ -61,9 +61,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    (root / "data").mkdir()
-    with (root / "data" / "images.bin").open("wb") as data:
-        data.truncate(60_000_000)
+    for directory in (root / "data", root.parent / "heavy"):
+        directory.mkdir()
+        with (directory / "images.bin").open("wb") as data:
+            data.truncate(60_000_000)
     for words in (["init", "-q"], ["add", "."], [*AUTHOR, "commit", "-qm", "all of it"]):
         subprocess.run(["git", "-C", str(root), *words], check=True)
     return root
@@ -218,7 +219,7 @@ def test_a_job_goes_on_without_its_watcher_and_its_end_is_told_to_the_next(
     [
         (["resources.workers=64"], [], "resources.workers"),
         (["secnods=3"], [], "seconds"),
-        (["--working-dir", "data", "submit.max_mb=59"], [], "--exclude /images.bin"),
+        (["--working-dir", "../heavy", "submit.max_mb=59"], [], "--exclude /images.bin"),
         ([], ["torch.py"], "torch.py"),
         ([], ["ray/__init__.py"], "ray/__init__.py"),
         (["--env", "MY_SECRET"], [], "looks like a secret"),
@@ -228,7 +229,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
     submit: Submit, wire: BrokenWire, project: Path, words: list[str], files: list[str], named: str
 ) -> None:
     sent = len([line for line in wire.requests if line.startswith(("PUT", "POST"))])
-    train = "train=os.path:join" if "data" in words else "train=train_it:train"
+    train = "train=os.path:join" if "../heavy" in words else "train=train_it:train"
     for name in files:
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).touch()
