@@ -26,6 +26,7 @@ from orchestrator.directory import files
 from orchestrator.errors import ConfigError, NotFound, UserError
 from orchestrator.records import RunStatus
 from orchestrator.store.views import ChangedRuns, ChunkRow, SinkCursor
+from orchestrator.tracking.backlog import Backlog
 from orchestrator.tracking.breaker import CircuitBreaker
 
 logger = logging.getLogger(__name__)
@@ -104,9 +105,7 @@ class DirectoryService:
         self._clock = clock or SystemClock()
         self._feed_breaker = CircuitBreaker(threshold=1)
         self._roots: dict[str, CircuitBreaker] = {}
-        self._dirty: OrderedDict[str, None] | None = None  # runs that changed since they were written; None: not read
-        self._saved: tuple[str, ...] | None = None
-        self._seen = 0
+        self._backlog = Backlog(feed, SINK)
         self._written: dict[str, _Written] = {}
         self._aside: dict[str, _Aside] = {}
         self._count = 0
@@ -133,7 +132,7 @@ class DirectoryService:
         try:
             more = self._step(now)
         except UserError as error:
-            self._dirty = None
+            self._backlog.forget()
             if self._feed_breaker.failed(now):
                 logger.warning("run directories wait for the database: %s", error)
             return False
@@ -149,9 +148,9 @@ class DirectoryService:
 
     def _step(self, now: float) -> bool:
         if not self._feed.try_lock(SINK):
-            self._dirty = None  # the other one moves the cursor; ours would be stale
+            self._backlog.forget()  # the other one moves the cursor; ours would be stale
             return False
-        dirty = self._noticed()
+        dirty = self._backlog.noticed()
         found = self._feed.whereabouts(dirty) if dirty else {}
         late = now + self._config.budget
         for run in list(dirty):
@@ -242,25 +241,10 @@ class DirectoryService:
 
     # -- which runs
 
-    def _noticed(self) -> OrderedDict[str, None]:
-        if self._dirty is None:
-            cursor = self._feed.cursor(SINK)
-            self._seen = cursor.facts
-            self._dirty = OrderedDict.fromkeys(cursor.state.get("runs", ()))
-            self._saved = tuple(sorted(self._dirty))
-        changed = self._feed.changed_runs(self._seen)
-        if changed.runs:
-            self._dirty.update(dict.fromkeys(changed.runs))
-            self._saved = None  # the cursor alone moves with every transaction of anyone: not worth a write
-        self._seen = changed.cursor
-        return self._dirty
-
     def _save(self, dirty: Iterable[str]) -> None:
         """What changed and is not written stands beside the cursor, so that no crash forgets it."""
         runs = tuple(sorted(dirty))
-        if runs != self._saved:
-            self._feed.save_cursor(SINK, "", SinkCursor(facts=self._seen, state={"runs": list(runs)}))
-            self._saved = runs
+        self._backlog.save(runs)
         for run in [run for run, written in self._written.items() if written.is_final and run not in runs]:
             if self._clock.monotonic() > self._written[run].at + self._config.metrics_every:
                 del self._written[run]
@@ -270,7 +254,7 @@ class DirectoryService:
         return {
             "sink": SINK,
             "written": self._count,
-            "waiting": len(self._dirty or ()),
+            "waiting": len(self._backlog),
             "aside": sorted(self._aside),
             "last_error": self._last_error,
         }

@@ -23,7 +23,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -42,6 +42,7 @@ from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import NotFound, UserError
 from orchestrator.records import RunStatus
 from orchestrator.store.views import ChangedRuns, ChunkRow, FactChanges, FeedPosition, SinkCursor, SummaryRow
+from orchestrator.tracking.backlog import Backlog
 from orchestrator.tracking.breaker import BreakerState, CircuitBreaker
 from orchestrator.tracking.copies import (
     Copy,
@@ -205,9 +206,7 @@ class MirrorService:
         self._copies: OrderedDict[str, Copy] = OrderedDict()
         self._resting: set[str] = set()  # runs that wait
         self._no_files_until = 0.0
-        self._dirty: OrderedDict[str, None] | None = None  # runs with something to copy; None: not read yet
-        self._seen = 0
-        self._saved: tuple[str, ...] | None = None
+        self._backlog = Backlog(feed, sink.name)
         self._aside: dict[str, _Aside] = {}
         self._stumbles: dict[str, int] = {}  # server errors in a row, by run
         self._points_per_request = sink.max_points
@@ -261,7 +260,7 @@ class MirrorService:
             return False
         if self._breaker.state(now) is BreakerState.half_open and not self._probe():
             return False
-        dirty = self._notice_changes()
+        dirty = self._backlog.noticed()
         deadline = now + self._config.budget
         for run in list(dirty):
             if (aside := self._aside.get(run)) is not None and now < aside.until:
@@ -270,7 +269,7 @@ class MirrorService:
                 break
             if self._is_late(deadline):
                 break
-        self._save_dirty(dirty)
+        self._backlog.save(dirty)
         if not dirty:  # nothing left to prove it with, and the probe was answered
             self._succeeded()
         return self._breaker.allows(self._clock.monotonic()) and any(self._is_ready(run, now) for run in dirty)
@@ -351,32 +350,10 @@ class MirrorService:
 
     # -- which runs -------------------------------------------------------------------------------------------------
 
-    def _notice_changes(self) -> OrderedDict[str, None]:
-        if self._dirty is None:
-            cursor = self._feed.cursor(self._sink.name)
-            self._seen = cursor.facts
-            self._dirty = OrderedDict.fromkeys(cursor.state.get("runs", ()))
-            self._saved = tuple(sorted(self._dirty))
-        changed = self._feed.changed_runs(self._seen)
-        if changed.runs:
-            self._dirty.update(dict.fromkeys(changed.runs))
-            self._saved = None  # the cursor alone moves with every transaction of anyone: not worth a write
-        self._seen = changed.cursor
-        return self._dirty
-
-    def _save_dirty(self, dirty: Iterable[str]) -> None:
-        """What is noticed but not copied is stored beside the cursor, so that no run that is stuck holds the cursor
-        back.
-        """
-        runs = tuple(sorted(dirty))
-        if runs != self._saved:
-            self._feed.save_cursor(self._sink.name, "", SinkCursor(facts=self._seen, state={"runs": list(runs)}))
-            self._saved = runs
-
     def _forget(self) -> None:
         self._copies.clear()
         self._resting.clear()
-        self._dirty = None
+        self._backlog.forget()
 
     # -- one run ----------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ def test_a_run_deleted_in_the_sink_is_left_alone_and_reported_once(
 
 def test_a_run_removed_from_the_feed_is_forgotten(mirror: Mirror) -> None:
     mirror.feed.open("r1")
-    mirror.service._notice_changes()
+    mirror.service._backlog.noticed()
     mirror.feed.remove("r1")
     mirror.settle(2)
     assert lag_of(mirror.feed, "recording").runs == 0
