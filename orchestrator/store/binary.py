@@ -8,6 +8,7 @@ big-endian.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,17 @@ def unpacked(data: Buffer) -> np.ndarray:
         return np.empty(0, ELEMENT[oid]["value"].newbyteorder("="))
     found = np.frombuffer(data, dtype=ELEMENT[oid], offset=ARRAY_HEADER.size)["value"]
     return found.astype(found.dtype.newbyteorder("="))
+
+
+def row(longs: Iterable[int], ints: Iterable[int], arrays: Sequence[np.ndarray]) -> bytes:
+    """A row of binary COPY: columns of bigint, then of integer, then arrays of int32, int64 or float64."""
+    numbers = [*(struct.pack(">iq", 8, each) for each in longs), *(struct.pack(">ii", 4, each) for each in ints)]
+    parts = [struct.pack(">h", len(numbers) + len(arrays)), *numbers]
+    for array in arrays:
+        oid = _OID_OF[array.dtype]
+        packed = elements(array, oid)
+        parts += (struct.pack(">i", ARRAY_HEADER.size + len(packed)), array_header(oid, len(array)), packed)
+    return b"".join(parts)
 
 
 class ArrayDumper(Dumper):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -104,11 +105,7 @@ def _write(cursor: Cursor, said: Said) -> None:
                 details=details if isinstance(details, dict) else {"details": details},
             )  # fmt: skip
         case FactKind.metric:
-            cursor.execute(
-                _METRIC,
-                {"name": _name(data["name"])}
-                | {key: _text(data.get(key)) for key in ("unit", "direction", "reduction")},
-            )
+            _declare(cursor, said, data, at)
         case FactKind.artifact:
             cursor.execute(
                 _ARTIFACT,
@@ -135,6 +132,26 @@ def _write(cursor: Cursor, said: Said) -> None:
             _move(cursor, said, RunStatus(data["status"]), data, fact)
         case FactKind.provenance:
             _add_provenance(cursor, who, clean_json(dict(data)))
+
+
+def _declare(cursor: Cursor, said: Said, data: Mapping[str, Any], at: datetime) -> None:
+    """What a metric means. Keys belong to all runs, and the latest declaration counts for all of them; one that
+    contradicts an earlier one is an event of the run that makes it. What is known already is not written again, because
+    every run declares the same."""
+    name, told = _name(data["name"]), {key: _text(data.get(key)) for key in ("unit", "direction", "reduction")}
+    known = cursor.execute("SELECT unit, direction, reduction FROM metric_keys WHERE name = %s", (name,)).fetchone()
+    before = dict(zip(told, known or ("", "", ""), strict=True))
+    news = {key: value for key, value in told.items() if value is not None and value != before[key]}
+    if known is not None and not news:
+        return
+    cursor.execute(_METRIC, {"name": name} | told)
+    contradicted = {key: [before[key], value] for key, value in news.items() if before[key]}
+    if contradicted:
+        what = ", ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in contradicted.items())
+        add_event(
+            cursor, said.run, attempt=said.attempt, rank=said.rank, at=at, level="warning", kind="metric_redeclared",
+            user=said.user, message=f"{name}: {what}, for all runs", details={"metric": name, **contradicted},
+        )  # fmt: skip
 
 
 PARTWISE = ("ranks", "datasets", "fingerprint")

@@ -169,15 +169,17 @@ _REBASE = """
 SET search_path = {schema};
 UPDATE sink_cursors s SET facts = 0, xid = 0, id = coalesce(
   (SELECT min(c.id) - 1 FROM runs r JOIN metric_chunks c ON c.run_number = r.number
-    WHERE r.id = s.run_id AND (c.xid, c.id) > (s.xid::text::xid8, s.id)),
-  (SELECT max(c.id) FROM runs r JOIN metric_chunks c ON c.run_number = r.number WHERE r.id = s.run_id), 0);
+    WHERE r.id = split_part(s.run_id, '/', 1) AND (c.xid, c.id) > (s.xid::text::xid8, s.id)),
+  (SELECT max(c.id) FROM runs r JOIN metric_chunks c ON c.run_number = r.number
+    WHERE r.id = split_part(s.run_id, '/', 1)), 0);
 DO $$
 DECLARE written text;
 BEGIN
-  FOR written IN SELECT table_name FROM information_schema.columns
-    WHERE table_schema = current_schema() AND column_name = 'xid' AND udt_name = 'xid8'
+  FOR written IN SELECT c.relname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+    WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r' AND a.attname = 'xid'
+      AND a.atttypid = 'xid8'::regtype
   LOOP
-    EXECUTE format('UPDATE %I SET xid = ''0''', written);
+    EXECUTE format('UPDATE %I SET xid = ''0'' WHERE xid <> ''0''', written);
   END LOOP;
 END $$;
 """

@@ -24,13 +24,12 @@ from sqlalchemy import DateTime, Double, Table, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
 
 from orchestrator.errors import NotFound
-from orchestrator.records import POINT, Batch, Stream
 from orchestrator.store import chunks
 from orchestrator.store import tables as t
-from orchestrator.store.binary import COPY_END, COPY_HEADER, numpy_cursor
+from orchestrator.store.binary import COPY_END, COPY_HEADER
 from orchestrator.store.errors import BadRecord, RunIsThere
-from orchestrator.store.reading import CHUNK_COLUMNS, decoded
-from orchestrator.store.views import ChunkRow, FeedPosition
+from orchestrator.store.reading import chunk_rows_of_key, chunk_rows_of_keys
+from orchestrator.store.views import ChunkRow
 
 Record = dict[str, Any]
 Connection = psycopg.Connection[Any]
@@ -38,8 +37,10 @@ Connection = psycopg.Connection[Any]
 PROTOCOL = 1
 """Version of the record. A reader refuses what it does not know."""
 
-CHUNKS_AT_ONCE = 50
-"""Read from the server in one piece; a chunk holds at most as many points as one batch of a producer."""
+MOST_TOGETHER = 2_000_000
+"""Points of several keys that are read together, and held in memory."""
+LONG = MOST_TOGETHER // 20
+"""Points of a key that is read alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class _Part:
 
 
 PARTS: Mapping[str, _Part] = {
-    "attempts": _Part(table=t.attempts, order="attempt", stays=frozenset({"lease_until", "alive_at"})),
+    "attempts": _Part(table=t.attempts, order="attempt", stays=frozenset({"lease_until", "tracker"})),
     "params": _Part(table=t.params, order='name COLLATE "C"'),
     "tags": _Part(table=t.tags, order='name COLLATE "C"'),
     "notes": _Part(table=t.notes, order="id", stays=frozenset({"id"})),
@@ -69,7 +70,8 @@ PARTS: Mapping[str, _Part] = {
 
 _RUN_STAYS = {"number", "experiment_id", "dataset_version_id", "sweep_id", "deleted_at", "xid"}
 _RUN_COLUMNS = [column.name for column in t.runs.c if column.name not in _RUN_STAYS]
-_SUMMARY_COLUMNS = [column.name for column in t.metric_summaries.c if column.name not in ("run_number", "key_id")]
+_SUMMARY_STAYS = {"run_number", "key_id", "is_final"}
+_SUMMARY_COLUMNS = [column.name for column in t.metric_summaries.c if column.name not in _SUMMARY_STAYS]
 
 
 # -- out of a database -------------------------------------------------------------------------------------------------
@@ -109,12 +111,15 @@ class RunSnapshot:
             ).fetchall()
             keys = sorted({row["key"] for row in summaries})
             metrics = cursor.execute(
-                "SELECT name, unit, direction, reduction FROM metric_keys WHERE name = ANY(%s)"
+                "SELECT id, name, unit, direction, reduction FROM metric_keys WHERE name = ANY(%s)"
                 ' ORDER BY name COLLATE "C"',
                 (keys,),
             ).fetchall()
-        self._keys = keys
-        self.points: int = sum(row["count"] for row in summaries)
+        self._keys = {row["name"]: row.pop("id") for row in metrics}
+        self._counts: Counter[str] = Counter()
+        for row in summaries:
+            self._counts[row["key"]] += row["count"]
+        self.points: int = self._counts.total()
         """How many there are."""
         self.record: Record = _plain(
             {
@@ -129,23 +134,27 @@ class RunSnapshot:
 
     def chunks(self) -> Iterator[ChunkRow]:
         """All points, by key; within a key by attempt and rank, as they were written. Held in memory piece by piece."""
-        for place, key in enumerate(self._keys):
-            with numpy_cursor(self._connection, name=f"points_{place}") as cursor:
-                cursor.execute(
-                    f"SELECT {CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
-                    " WHERE c.run_number = %s AND k.name = %s ORDER BY c.attempt, c.rank, c.id",
-                    (self._number, key),
-                )
-                while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
-                    yield from map(_chunk, rows)
+        for place, keys in enumerate(together(self._keys, self._counts)):
+            name = f"points_{place}"
+            if len(keys) == 1:
+                ((key, number),) = keys.items()
+                yield from chunk_rows_of_key(self._connection, self._number, key, number, name)
+            else:
+                yield from chunk_rows_of_keys(self._connection, self._number, keys, name)
 
 
-def _chunk(row: Sequence[Any]) -> ChunkRow:
-    steps, times, values = decoded(row)
-    return ChunkRow(
-        key=row[7], attempt=row[0], rank=row[1], steps=steps, times=times, values=values,
-        position=FeedPosition(xid=row[8], id=row[9]),
-    )  # fmt: skip
+def together(keys: Mapping[str, int], counts: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """The keys in their order, neighbours that have few points with each other; `counts`: points of each."""
+    group: dict[str, int] = {}
+    size = 0
+    for key, number in keys.items():
+        if group and (counts[key] >= LONG or size + counts[key] > MOST_TOGETHER):
+            yield group
+            group, size = {}, 0
+        group[key] = number
+        size += MOST_TOGETHER if counts[key] >= LONG else counts[key]
+    if group:
+        yield group
 
 
 def _rows(cursor: psycopg.Cursor[Any], part: _Part, run: str) -> list[dict[str, Any]]:
@@ -282,28 +291,28 @@ def _insert_points(
     producer_ids = {(attempt, rank): producer for attempt, rank, producer in producers}
     counts: Counter[tuple[str, int]] = Counter()
     with connection.cursor() as cursor:
-        with cursor.copy(f"COPY metric_chunks ({chunks.COPY_COLUMNS}) FROM STDIN (FORMAT binary)") as copy:
+        # As if it had been committed just now: merging makes of it what it makes of other runs.
+        with cursor.copy(f"COPY metric_chunks_live ({chunks.COPY_COLUMNS}) FROM STDIN (FORMAT binary)") as copy:
             copy.write(COPY_HEADER)
             for block in points:
                 if block.key not in key_ids:
                     raise BadRecord("points", f"there are some of {block.key!r}, of which the record knows nothing.")
                 counts[block.key, block.rank] += len(block.values)
-                for chunk in chunks.columns(_as_batch(block)).chunks:
-                    copy.write(
-                        chunks.copy_row(
-                            chunk, run_number=number, key_id=key_ids[block.key], attempt=block.attempt, rank=block.rank,
-                            producer_id=producer_ids.get((block.attempt, block.rank), 0),
-                        )
-                    )  # fmt: skip
+                producer = producer_ids.get((block.attempt, block.rank), 0)
+                owner = np.array((number, 0, 0, producer, 0, 0, block.attempt, block.rank, 0), chunks.OWNER)[()]
+                for row in chunks.rows(_as_series(block, key_ids[block.key])):
+                    copy.write(chunks.copy_row(row, owner))
             copy.write(COPY_END)
         _check_counts(record["summaries"], counts)
         columns = ("run_number", "key_id", *_SUMMARY_COLUMNS)
         query = sql.SQL("INSERT INTO metric_summaries ({}) VALUES ({})").format(
             sql.SQL(", ").join(map(sql.Identifier, columns)), sql.SQL(", ").join(sql.SQL("%s") for _ in columns)
         )
-        for row in record["summaries"]:
-            values = [_typed(t.metric_summaries, name, row[name]) for name in _SUMMARY_COLUMNS]
-            cursor.execute(query, [number, key_ids[row["key"]], *values])
+        rows = (
+            [number, key_ids[row["key"]], *(_typed(t.metric_summaries, name, row[name]) for name in _SUMMARY_COLUMNS)]
+            for row in record["summaries"]
+        )
+        cursor.executemany(query, rows)
 
 
 def _check_counts(summaries: Sequence[Mapping[str, Any]], counts: Mapping[tuple[str, int], int]) -> None:
@@ -314,12 +323,11 @@ def _check_counts(summaries: Sequence[Mapping[str, Any]], counts: Mapping[tuple[
             raise BadRecord("points", f"{found} of {key} on rank {rank}, where the record tells of {wanted}.")
 
 
-def _as_batch(block: ChunkRow) -> Batch:
-    rows = np.zeros(len(block.values), dtype=POINT)
-    rows["step"], rows["time"], rows["value"] = block.steps, block.times, block.values
-    return Batch(
-        producer="", run="", attempt=block.attempt, rank=block.rank, stream=Stream.points, first=1, count=len(rows),
-        keys=(block.key,), payload=rows.tobytes(),
+def _as_series(block: ChunkRow, key: int) -> chunks.Series:
+    start = np.zeros(1 if len(block.values) else 0, np.int64)
+    return chunks.Series(
+        keys=start + key, owners=start, starts=start, steps=block.steps, times=chunks.milliseconds(block.times),
+        values=block.values,
     )  # fmt: skip
 
 

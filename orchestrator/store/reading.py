@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -30,6 +31,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 
 from orchestrator.errors import AmbiguousName, NotFound
 from orchestrator.records import TERMINAL, RunStatus
+from orchestrator.store import chunks
 from orchestrator.store import tables as t
 from orchestrator.store.binary import numpy_cursor
 from orchestrator.store.cleaning import untyped
@@ -296,10 +298,11 @@ def summaries(connection: Connection, run_ids: Sequence[str], keys: Sequence[str
 
 
 def first_summaries(
-    connection: Connection, run_ids: Sequence[str], groups: Sequence[Sequence[str]]
+    connection: Connection, run_ids: Sequence[str], groups: Sequence[Sequence[str]], without: Sequence[str]
 ) -> list[SummaryRow]:
     """Of each run that has metrics the first summary: declared directions before others, keys that begin with a word of
-    the first group before those of the second and the rest, then by name; of the lowest rank."""
+    the first group before those of the second and the rest, then by name; of the lowest rank. Keys that begin with a
+    word of `without` do not count."""
     s, k = t.metric_summaries, t.metric_keys
     word = func.split_part(k.c.name, "/", 1)
     weight = case(*((word.in_(group), place) for place, group in enumerate(groups)), else_=len(groups))
@@ -308,7 +311,7 @@ def first_summaries(
         .ext(distinct_on(s.c.run_number))
         .join(t.runs, t.runs.c.number == s.c.run_number)
         .join(k, k.c.id == s.c.key_id)
-        .where(t.runs.c.id == any_(literal(list(run_ids), ARRAY(Text))))
+        .where(t.runs.c.id == any_(literal(list(run_ids), ARRAY(Text))), word.not_in(without))
         .order_by(s.c.run_number, k.c.direction == "", weight, k.c.name.collate("C"), s.c.rank)
     )
     return [_summary(row) for row in connection.execute(query)]
@@ -328,58 +331,229 @@ def _summary(row: Row[Any]) -> SummaryRow:
     )  # fmt: skip
 
 
-CHUNK_COLUMNS = (
-    "c.attempt, c.rank, c.first_step, c.first_time_ms, c.steps, c.times, c.values, k.name, c.xid::text::bigint, c.id"
-)
-
-
-def decoded(row: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    steps = row[2] + np.cumsum(row[4], dtype=np.int64)
-    times = (row[3] + np.cumsum(row[5], dtype=np.int64)) / 1000.0
-    return steps, times, row[6]
-
-
 CHUNKS_AT_ONCE = 50
+"""Read from the server in one piece."""
 
-_CHUNKS_OF_KEY = (
-    f"SELECT {CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
-    " WHERE c.run_number = %(run)s AND k.name = %(key)s AND (%(rank)s::int IS NULL OR c.rank = %(rank)s)"
-    " AND (%(attempt)s::int IS NULL OR c.attempt = %(attempt)s) ORDER BY c.attempt, c.rank, c.id"
-)
+# Of a row with several keys only the key's part is sent. Producers one after the other, each in the order in which it
+# wrote: so merging changes nothing.
+_CHUNKS_OF_KEY = """
+SELECT c.attempt, c.rank, c.first_step, c.first_time_ms, p.steps, p.times, p.values, c.producer_id, c.id
+FROM metric_chunks c
+CROSS JOIN LATERAL (SELECT CASE WHEN c.key_id = %(key)s THEN 1 ELSE array_position(c.key_ids, %(key)s) END AS place) f
+CROSS JOIN LATERAL (
+  SELECT c.counts[f.place] AS count,
+    (SELECT coalesce(sum(b), 0)::int FROM unnest(c.counts[: f.place - 1]) AS b) AS before
+) s
+CROSS JOIN LATERAL (
+  SELECT CASE WHEN c.is_wide OR c.key_id <> 0 THEN c.steps ELSE c.steps[s.before + 1 : s.before + s.count] END AS steps,
+    CASE WHEN c.is_wide OR c.key_id <> 0 THEN c.times ELSE c.times[s.before + 1 : s.before + s.count] END AS times,
+    CASE WHEN c.key_id <> 0 THEN c.values ELSE c.values[s.before + 1 : s.before + s.count] END AS values
+) p
+WHERE c.run_number = %(run)s AND c.level = ANY(%(levels)s) AND c.key_id IN (0, %(key)s)
+  AND (%(rank)s::int IS NULL OR c.rank = %(rank)s) AND (%(attempt)s::int IS NULL OR c.attempt = %(attempt)s)
+  AND (%(start)s::bigint IS NULL OR c.max_step >= %(start)s) AND (%(stop)s::bigint IS NULL OR c.min_step <= %(stop)s)
+  AND f.place IS NOT NULL
+ORDER BY c.attempt, c.rank, c.producer_id, c.id
+"""
+
+EVERY_LEVEL = (0, 1, 2, 3)
+
+
+def key_id(connection: psycopg.Connection[Any], key: str) -> int | None:
+    found = connection.execute("SELECT id FROM metric_keys WHERE name = %s", (key,)).fetchone()
+    return None if found is None else found[0]
+
+
+def _asked(
+    run: int, key: int, rank: int | None, attempt: int | None, levels: Sequence[int] = EVERY_LEVEL,
+    start: int | None = None, stop: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "run": run, "key": key, "rank": rank, "attempt": attempt, "levels": list(levels), "start": start, "stop": stop,
+    }  # fmt: skip
+
+
+def rows_of_key(
+    connection: psycopg.Connection[Any], run_number: int, key: int, rank: int, attempt: int, levels: Sequence[int],
+    start: int | None, stop: int | None,
+) -> Generator[list[Any]]:  # fmt: skip
+    """For `decoded`, from rows of these levels that reach into the range of steps, then producer and id; never more
+    than `CHUNKS_AT_ONCE` in memory."""
+    with numpy_cursor(connection, name="rows_of_key") as cursor:
+        cursor.execute(_CHUNKS_OF_KEY, _asked(run_number, key, rank, attempt, levels, start, stop))
+        while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
+            yield rows
 
 
 def points(
     connection: psycopg.Connection[Any], run_number: int, key: str, rank: int | None, attempt: int | None
 ) -> Points:
+    number = key_id(connection, key)
+    if number is None:
+        return _joined([])
     with numpy_cursor(connection) as cursor:
-        asked = {"run": run_number, "key": key, "rank": rank, "attempt": attempt}
-        return _joined(cursor.execute(_CHUNKS_OF_KEY, asked).fetchall())
+        return _joined(cursor.execute(_CHUNKS_OF_KEY, _asked(run_number, number, rank, attempt)).fetchall())
 
 
 def point_blocks(
     connection: psycopg.Connection[Any], run_number: int, key: str, rank: int | None, attempt: int | None
 ) -> Generator[Points]:
-    """The same points piece by piece, never more than `CHUNKS_AT_ONCE` chunks in memory."""
+    """The same points piece by piece, never more than `CHUNKS_AT_ONCE` rows in memory."""
+    number = key_id(connection, key)
+    if number is None:
+        return
     with numpy_cursor(connection, name="points") as cursor:
-        cursor.execute(_CHUNKS_OF_KEY, {"run": run_number, "key": key, "rank": rank, "attempt": attempt})
+        cursor.execute(_CHUNKS_OF_KEY, _asked(run_number, number, rank, attempt))
         while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
             yield _joined(rows)
 
 
+def decoded(rows: Sequence[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of rows of `_CHUNKS_OF_KEY`: how many points each has; and steps, times in milliseconds and values of all."""
+    lengths = np.array([len(row[6]) for row in rows], np.int64)
+    starts = np.cumsum(lengths) - lengths
+
+    def absolute(base: int, differences: int) -> np.ndarray:
+        total = np.cumsum(np.concatenate([row[differences] for row in rows]), dtype=np.int64)
+        before = np.where(starts > 0, total[starts - 1], 0)
+        return total + np.repeat(np.array([row[base] for row in rows], np.int64) - before, lengths)
+
+    return lengths, absolute(2, 4), absolute(3, 5), np.concatenate([row[6] for row in rows])
+
+
 def _joined(rows: Sequence[Sequence[Any]]) -> Points:
-    columns_of = [decoded(row) for row in rows]
-    lengths = [len(row[6]) for row in rows]
-
-    def joined(place: int, dtype: type) -> np.ndarray:
-        return np.concatenate([columns[place] for columns in columns_of]) if columns_of else np.empty(0, dtype)
-
+    if not rows:
+        none = np.empty(0, np.int64)
+        return Points(
+            steps=none, times=np.empty(0), values=np.empty(0), ranks=np.empty(0, np.int32),
+            attempts=np.empty(0, np.int32),
+        )  # fmt: skip
+    lengths, steps, times_ms, values = decoded(rows)
     return Points(
-        steps=joined(0, np.int64),
-        times=joined(1, np.float64),
-        values=joined(2, np.float64),
+        steps=steps, times=times_ms / 1000.0, values=values,
         ranks=np.repeat(np.array([row[1] for row in rows], np.int32), lengths),
         attempts=np.repeat(np.array([row[0] for row in rows], np.int32), lengths),
+    )  # fmt: skip
+
+
+def chunk_rows_of_key(
+    connection: psycopg.Connection[Any], run_number: int, key: str, number: int, name: str
+) -> Generator[ChunkRow]:
+    """All points of a key in the same order, through a cursor of that name."""
+    with numpy_cursor(connection, name=name) as cursor:
+        cursor.execute(_CHUNKS_OF_KEY, _asked(run_number, number, None, None))
+        while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
+            for row in rows:
+                _, steps, times_ms, values = decoded([row])
+                yield ChunkRow(
+                    key=key, attempt=row[0], rank=row[1], steps=steps, times=times_ms / 1000.0, values=values,
+                    position=FeedPosition(),
+                )  # fmt: skip
+
+
+STORED_COLUMNS = "c.first_step, c.first_time_ms, c.is_wide, c.key_ids, c.counts, c.steps, c.times, c.values"
+"""What `stored` takes."""
+
+
+_ROWS_OF_KEYS = f"""
+SELECT c.attempt, c.rank, {STORED_COLUMNS} FROM metric_chunks c
+WHERE c.run_number = %(run)s AND c.level = ANY(%(levels)s)
+  AND (c.key_id = ANY(%(keys)s) OR c.key_id = 0 AND c.key_ids && %(keys)s)
+ORDER BY c.attempt, c.rank, c.producer_id, c.id
+"""
+
+
+ROWS_AT_ONCE = 8
+"""Whole rows in memory, of which only some keys are wanted."""
+
+
+def points_of(connection: psycopg.Connection[Any], run_number: int, keys: Sequence[str]) -> dict[str, Points]:
+    """All points of several keys, each as `points` gives it. Reads rows that keys share once, not once for each."""
+    found = connection.execute("SELECT id, name FROM metric_keys WHERE name = ANY(%s)", (list(keys),)).fetchall()
+    names: dict[int, str] = dict(found)
+    parts: dict[str, list[Points]] = {key: [_joined([])] for key in keys}
+    with numpy_cursor(connection, name="points_of") as cursor:
+        ids = np.array(sorted(names), np.int32)
+        cursor.execute(_ROWS_OF_KEYS, {"run": run_number, "levels": list(EVERY_LEVEL), "keys": ids})
+        while rows := cursor.fetchmany(ROWS_AT_ONCE):
+            series = chunks.unpacked([stored(row[2:]) for row in rows])
+            wanted = np.flatnonzero(np.isin(series.keys, ids)).tolist()
+            ends = [*series.starts[1:].tolist(), len(series.values)]
+            for place in wanted:
+                piece, row = slice(int(series.starts[place]), ends[place]), rows[series.owners[place]]
+                length = piece.stop - piece.start
+                parts[names[int(series.keys[place])]].append(
+                    Points(
+                        steps=series.steps[piece].copy(), times=series.times[piece] / 1000.0,
+                        values=series.values[piece].copy(), ranks=np.full(length, row[1], np.int32),
+                        attempts=np.full(length, row[0], np.int32),
+                    )
+                )  # fmt: skip
+    columns = [column.name for column in fields(Points)]
+    return {
+        key: Points(**{name: np.concatenate([getattr(part, name) for part in parts[key]]) for name in columns})
+        for key in keys
+    }
+
+
+def stored(row: Sequence[Any]) -> chunks.Stored:
+    first_step, first_time_ms, is_wide, key_ids, counts, steps, times, values = row
+    return chunks.Stored(
+        first_step=first_step, first_time_ms=first_time_ms, is_wide=is_wide, key_ids=key_ids, counts=counts,
+        steps=steps, times=times, values=values,
+    )  # fmt: skip
+
+
+_ROWS = f"""
+SELECT c.attempt, c.rank, {STORED_COLUMNS} FROM metric_chunks c
+WHERE c.run_number = %s AND (c.key_id = 0 OR c.key_id = ANY(%s)) ORDER BY c.attempt, c.rank, c.producer_id, c.id
+"""
+
+PIECE = 16_384
+"""Points of a ChunkRow that is put together from several rows, at most."""
+
+
+def chunk_rows_of_keys(
+    connection: psycopg.Connection[Any], run_number: int, keys: Mapping[str, int], name: str
+) -> Generator[ChunkRow]:
+    """All points of these keys (name -> id), key after key; for many short curves, which are in memory together. Each
+    row is read once: to ask for one key after the other would take a row with n keys apart n times.
+    """
+    names, ids = list(keys), np.fromiter(keys.values(), np.int64, len(keys))
+    by_id = np.argsort(ids)
+    found: list[list[np.ndarray]] = []
+    with numpy_cursor(connection, name=name) as cursor:
+        cursor.execute(_ROWS, (run_number, ids))
+        while rows := cursor.fetchmany(CHUNKS_AT_ONCE):
+            series = chunks.unpacked([stored(row[2:]) for row in rows])
+            place = by_id[np.minimum(np.searchsorted(ids, series.keys, sorter=by_id), len(ids) - 1)]
+            is_wanted = ids[place] == series.keys
+            attempts, ranks = (np.array([row[column] for row in rows], np.int32) for column in (0, 1))
+            lengths = series.counts[is_wanted]
+            owners = series.owners[is_wanted]
+            chosen = np.repeat(is_wanted, series.counts)
+            found.append(
+                [
+                    *(np.repeat(of, lengths) for of in (place[is_wanted], attempts[owners], ranks[owners])),
+                    *(array[chosen] for array in (series.steps, series.times, series.values)),
+                ]
+            )
+    if not found:
+        return
+    order = np.argsort(np.concatenate([part[0] for part in found]), kind="stable")
+    places, attempt, rank, steps, times_ms, values = (
+        np.concatenate([part[column] for part in found])[order] for column in range(6)
     )
+    is_new = np.ones(len(values), bool)
+    is_new[1:] = (np.diff(places) != 0) | (np.diff(attempt) != 0) | (np.diff(rank) != 0)
+    starts = np.flatnonzero(is_new)
+    for first, last in zip(starts.tolist(), [*starts[1:].tolist(), len(values)], strict=True):
+        for start in range(first, last, PIECE):
+            part = slice(start, min(last, start + PIECE))
+            yield ChunkRow(
+                key=names[places[first]], attempt=int(attempt[first]), rank=int(rank[first]), steps=steps[part],
+                times=times_ms[part] / 1000.0, values=values[part], position=FeedPosition(),
+            )  # fmt: skip
 
 
 # -- the feed for sinks ------------------------------------------------------------------------------------------------
@@ -390,23 +564,35 @@ def _joined(rows: Sequence[Sequence[Any]]) -> Points:
 _HORIZON = "pg_snapshot_xmin(pg_current_snapshot())"
 
 
+# Rows that merging made of the same ones may stand at one place, so none of these is cut off.
+_CHUNKS_AFTER = f"""
+SELECT c.attempt, c.rank, c.xid::text::bigint, c.id, {STORED_COLUMNS} FROM metric_chunks c
+WHERE c.run_number = %(run)s AND (c.xid, c.id) > (%(xid)s::text::xid8, %(id)s) AND c.xid < {_HORIZON}
+ORDER BY c.xid, c.id FETCH FIRST %(limit)s ROWS WITH TIES
+"""
+
+
 def chunks_after(
     connection: psycopg.Connection[Any], run_number: int, position: FeedPosition, limit: int
 ) -> list[ChunkRow]:
     with numpy_cursor(connection) as cursor:
         rows = cursor.execute(
-            f"SELECT {CHUNK_COLUMNS} FROM metric_chunks c JOIN metric_keys k ON k.id = c.key_id"
-            f" WHERE c.run_number = %(run)s AND (c.xid, c.id) > (%(xid)s::text::xid8, %(id)s) AND c.xid < {_HORIZON}"
-            " ORDER BY c.xid, c.id LIMIT %(limit)s",
-            {"run": run_number, "xid": str(position.xid), "id": position.id, "limit": limit},
+            _CHUNKS_AFTER, {"run": run_number, "xid": str(position.xid), "id": position.id, "limit": limit}
         ).fetchall()
+        series = chunks.unpacked([stored(row[4:]) for row in rows])
+        ids = np.unique(series.keys).tolist()
+        names = dict(cursor.execute("SELECT id, name FROM metric_keys WHERE id = ANY(%s::int[])", (ids,)).fetchall())
+    seconds = series.times / 1000.0
+    ends = series.starts + series.counts
     return [
         ChunkRow(
-            key=row[7], attempt=row[0], rank=row[1], steps=steps, times=times, values=values,
-            position=FeedPosition(xid=row[8], id=row[9]),
+            key=names[key], attempt=rows[owner][0], rank=rows[owner][1], steps=series.steps[start:end],
+            times=seconds[start:end], values=series.values[start:end],
+            position=FeedPosition(xid=rows[owner][2], id=rows[owner][3]),
         )
-        for row in rows
-        for steps, times, values in [decoded(row)]
+        for key, owner, start, end in zip(
+            series.keys.tolist(), series.owners.tolist(), series.starts.tolist(), ends.tolist(), strict=True
+        )
     ]  # fmt: skip
 
 
@@ -446,6 +632,24 @@ def facts_after(connection: Connection, run_id: str, after: int) -> FactChanges:
         attempts=tuple(attempts(connection, run_id, _between(t.attempts.c.xid, after, horizon))),
         cursor=horizon,
     )
+
+
+_HAS_FACTS = (
+    "SELECT r.xid >= %(after)s::text::xid8"
+    + "".join(
+        f" OR EXISTS (SELECT FROM {table} x WHERE x.run_id = r.id AND x.xid >= %(after)s::text::xid8)"
+        for table in ("attempts", "params", "tags", "notes", "checkpoints", "artifacts")
+    )
+    + " FROM runs r WHERE r.id = %(run)s AND r.deleted_at IS NULL"
+)
+
+
+def has_facts_after(connection: psycopg.Connection[Any], run_id: str, after: int) -> bool:
+    """True as well for what is younger than the horizon: then `facts_after` gives it later."""
+    found = connection.execute(_HAS_FACTS, {"run": run_id, "after": str(after)}).fetchone()
+    if found is None:
+        raise NotFound("run", run_id)
+    return bool(found[0])
 
 
 def sink_cursor(connection: Connection, sink: str, run_id: str) -> SinkCursor:

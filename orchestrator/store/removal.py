@@ -24,7 +24,7 @@ LOCK_WAIT = "60s"
 _BY_RUN = (
     "artifacts", "checkpoints", "events", "notes", "tags", "params", "queue", "sink_cursors", "attempts",
 )  # fmt: skip
-_BY_NUMBER = ("metric_chunks", "metric_summaries")
+_BY_NUMBER = ("metric_chunks", "metric_levels", "metric_summaries")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

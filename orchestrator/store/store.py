@@ -14,11 +14,13 @@ from sqlalchemy import Connection
 
 from orchestrator.errors import IllegalTransition, NotFound, SchemaMismatch
 from orchestrator.records import Batch, RunSpec, RunStatus, RunTicket, Stream
-from orchestrator.store import lifecycle, portable, reading, removal, transaction
+from orchestrator.store import integrity, lags, levels, lifecycle, merge, portable, reading, removal, transaction
 from orchestrator.store.cleaning import clean_json, clean_text
 from orchestrator.store.connection import open_engine, parse, redacted, told
 from orchestrator.store.errors import BadRecord, SequenceGap, UnknownRun, Watermarks
+from orchestrator.store.key_ids import KeyIds
 from orchestrator.store.locks import SessionLocks
+from orchestrator.store.merge import Changes, Merged, Unmerged
 from orchestrator.store.schema import schema_status
 from orchestrator.store.transaction import RunIdentity
 from orchestrator.store.views import (
@@ -27,6 +29,7 @@ from orchestrator.store.views import (
     ChangedRuns,
     CheckpointRow,
     ChunkRow,
+    Curve,
     EventRow,
     ExperimentRow,
     FactChanges,
@@ -37,11 +40,15 @@ from orchestrator.store.views import (
     RunDetail,
     RunRow,
     SinkCursor,
+    SinkLag,
     SummaryRow,
 )
 
 TRIES = 5
 """Of a transaction that PostgreSQL ended because of another one."""
+
+MOST_RUNS = 200_000
+"""Whose numbers are remembered; then all are read again as they are needed."""
 
 
 class Store:
@@ -60,7 +67,7 @@ class Store:
         self._engine = open_engine(self._url, pool_size, read_only)
         self._locks = SessionLocks(self._engine)
         self._runs: dict[str, RunIdentity] = {}
-        self._keys: dict[str, int] = {}
+        self._key_ids = KeyIds()
 
     # -- the connection ------------------------------------------------------------------------------------------------
 
@@ -111,36 +118,64 @@ class Store:
             raise IllegalTransition(run, old.value, new.value)
         return outcome is lifecycle.Move.done
 
-    def running_attempts(self) -> dict[tuple[str, int], float | None]:
-        """Current attempts that run, with the seconds for which each said that it may be silent."""
+    def open_attempts(self, specs: Sequence[RunSpec], *, now: float) -> list[RunTicket]:
+        """`open_attempt` for many, all or none of them: one transaction costs less than many."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return [lifecycle.open_attempt(cursor, spec, now, spec.lease) for spec in specs]
+
+    def running_attempts(self, *, other_than: str = "") -> dict[tuple[str, int], float | None]:
+        """Current attempts that run, with the seconds for which each said that it may be silent; without those of the
+        tracker `other_than`."""
         with self._writing() as connection:
             rows = connection.execute(
                 "SELECT a.run_id, a.attempt, extract(epoch FROM a.lease_until - a.started_at)::float8 FROM attempts a"
                 " JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt"
-                " WHERE a.ended_at IS NULL AND a.status = %s ORDER BY r.number",
-                (RunStatus.running,),
+                " WHERE a.ended_at IS NULL AND a.status = %s AND a.tracker IS DISTINCT FROM %s ORDER BY r.number",
+                (RunStatus.running, other_than),
             )
             return {(run, attempt): seconds for run, attempt, seconds in rows}
 
-    def vouch(self, attempts: Iterable[tuple[str, int]], *, now: float) -> None:
-        """The caller keeps the leases of these attempts: other trackers on this database leave them alone."""
+    def still_running(self, attempts: Iterable[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Which of these attempts have not ended."""
         wanted = list(attempts)
         with self._writing() as connection:
-            connection.execute(
-                "UPDATE attempts a SET alive_at = %s FROM unnest(%s::text[], %s::int[]) AS w(run_id, attempt)"
-                " WHERE a.run_id = w.run_id AND a.attempt = w.attempt AND a.ended_at IS NULL",
-                (lifecycle.when(now), [run for run, _ in wanted], [number for _, number in wanted]),
+            rows = connection.execute(
+                "SELECT a.run_id, a.attempt FROM attempts a JOIN unnest(%s::text[], %s::int[]) AS w(run_id, attempt)"
+                " USING (run_id, attempt) WHERE a.ended_at IS NULL",
+                ([run for run, _ in wanted], [number for _, number in wanted]),
             )
+            return {(run, attempt) for run, attempt in rows}
 
-    def vouched(self) -> dict[tuple[str, int], float]:
-        """For each current attempt that runs, when a tracker last vouched for it; 0 if none did yet."""
+    def vouch(self, tracker: str, attempts: Iterable[tuple[str, int]] = ()) -> None:
+        """The tracker is alive. It keeps the leases of all attempts that it ever named here, now of these as well:
+        others on this database leave them alone."""
+        claimed = list(attempts)
+        with self._writing() as connection:
+            (beats,) = connection.execute(
+                "INSERT INTO trackers (id, beats) VALUES (%s, 1) ON CONFLICT (id) DO UPDATE"
+                " SET beats = trackers.beats + 1, alive_at = now() RETURNING beats",
+                (tracker,),
+            ).fetchone()  # type: ignore[misc]
+            if beats == 1:
+                connection.execute("DELETE FROM trackers WHERE alive_at < now() - interval '7 days'")
+            if claimed:
+                connection.execute(
+                    "UPDATE attempts a SET tracker = %s FROM unnest(%s::text[], %s::int[]) AS w(run_id, attempt)"
+                    " WHERE a.run_id = w.run_id AND a.attempt = w.attempt AND a.ended_at IS NULL",
+                    (tracker, [run for run, _ in claimed], [number for _, number in claimed]),
+                )
+
+    def vouched(self, *, other_than: str = "") -> dict[tuple[str, int], int]:
+        """For each current attempt that runs, how often its tracker has shown life; 0 if it has none. Without those of
+        the tracker `other_than`."""
         with self._writing() as connection:
             rows = connection.execute(
-                "SELECT a.run_id, a.attempt, coalesce(extract(epoch FROM a.alive_at), 0)::float8 FROM attempts a"
-                " JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt WHERE a.ended_at IS NULL AND a.status = %s",
-                (RunStatus.running,),
+                "SELECT a.run_id, a.attempt, coalesce(t.beats, 0) FROM attempts a"
+                " JOIN runs r ON r.id = a.run_id AND r.attempt = a.attempt LEFT JOIN trackers t ON t.id = a.tracker"
+                " WHERE a.ended_at IS NULL AND a.status = %s AND a.tracker IS DISTINCT FROM %s",
+                (RunStatus.running, other_than),
             )
-            return {(run, attempt): at for run, attempt, at in rows}
+            return {(run, attempt): beats for run, attempt, beats in rows}
 
     def request_cancel(self, run: str, *, user: str, now: float) -> None:
         """Asks the run to stop; the first one to ask is remembered. Raises NotFound."""
@@ -168,12 +203,11 @@ class Store:
                 message=f"stop requested by {user or 'somebody'}",
             )
 
-    def cancel_requested(self, runs: Iterable[str]) -> set[str]:
-        """Which of them were asked to stop."""
+    def cancel_requested(self, runs: Iterable[str] | None = None) -> set[str]:
+        """Which of them were asked to stop; of all that have not ended, by default."""
+        of, parameters = ("ended_at IS NULL", ()) if runs is None else ("id = ANY(%s)", (list(runs),))
         with self._writing() as connection:
-            rows = connection.execute(
-                "SELECT id FROM runs WHERE id = ANY(%s) AND cancel_requested_at IS NOT NULL", (list(runs),)
-            )
+            rows = connection.execute(f"SELECT id FROM runs WHERE cancel_requested_at IS NOT NULL AND {of}", parameters)
             return {row[0] for row in rows}
 
     def set_link(self, run: str, name: str, value: Any, *, user: str = "") -> None:
@@ -196,58 +230,48 @@ class Store:
         each other (and the watermark) without a gap: raises SequenceGap. Raises UnknownRun for runs that are not there.
         In both cases the other producers' batches are committed.
         """
-        sent = transaction.by_producer(batches)
-        unknown_runs = self._unknown_runs({batch.run for batch in batches})
+        sent = transaction.by_producer(
+            [transaction.named(batch) if batch.stream is Stream.points else batch for batch in batches]
+        )
+        wanted = {batch.run for batch in batches}
+        runs = self._identities(wanted)
+        unknown_runs = wanted - runs.keys()
         orphans = [producer for producer, own in sent.items() if any(batch.run in unknown_runs for batch in own)]
         for producer in orphans:
             del sent[producer]
-        outcome = self._transact(sent) if sent else transaction.Outcome(watermarks={}, gaps=())
+        outcome = self._transact(sent, runs) if sent else transaction.Outcome(watermarks={}, gaps=())
         if outcome.gaps:
             raise SequenceGap(outcome.gaps, outcome.watermarks)
         if orphans:
             raise UnknownRun(tuple(sorted(unknown_runs)), tuple(orphans), outcome.watermarks)
         return outcome.watermarks
 
-    def _transact(self, sent: Mapping[str, Sequence[Batch]]) -> transaction.Outcome:
-        self._learn_keys(
-            name for own in sent.values() for batch in own if batch.stream is Stream.points
-            for name in transaction.names_of_keys(batch).values()
-        )  # fmt: skip
+    def _transact(self, sent: Mapping[str, Sequence[Batch]], runs: Mapping[str, RunIdentity]) -> transaction.Outcome:
+        every = {batch.keys for own in sent.values() for batch in own if batch.stream is Stream.points}
+        tables = self._key_ids.tables(every, self._writing)
         with self._writing() as connection:
             for tries_left in reversed(range(TRIES)):
                 try:
-                    return transaction.transact(connection, sent, self._runs, self._keys)
+                    return transaction.transact(connection, sent, runs, tables)
                 except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
                     connection.rollback()
                     if not tries_left:
                         raise
         raise AssertionError("unreachable")
 
-    def _unknown_runs(self, runs: set[str]) -> set[str]:
-        unknown = runs - self._runs.keys()
+    def _identities(self, runs: set[str]) -> dict[str, RunIdentity]:
+        """Of those that are there."""
+        found = {run: known for run in runs if (known := self._runs.get(run)) is not None}
+        unknown = runs - found.keys()
         if unknown:
             with self._writing() as connection:
                 rows = connection.execute("SELECT id, number, who FROM runs WHERE id = ANY(%s)", (sorted(unknown),))
-                self._runs.update({row[0]: RunIdentity(number=row[1], user=row[2]) for row in rows})
-        return unknown - self._runs.keys()
-
-    def _learn_keys(self, names: Iterable[str]) -> None:
-        # In a transaction of its own: a long commit holds nobody up who has the same new keys, and keys of a commit
-        # that fails do no harm.
-        missing = sorted(set(names) - self._keys.keys())
-        if not missing:
-            return
-        known = "SELECT name, id FROM metric_keys WHERE name = ANY(%s)"
-        with self._writing() as connection:
-            self._keys.update(dict(connection.execute(known, (missing,)).fetchall()))
-            fresh = [name for name in missing if name not in self._keys]
-            if fresh:
-                connection.execute(
-                    "INSERT INTO metric_keys (name) SELECT unnest(%s::text[]) ON CONFLICT DO NOTHING", (fresh,)
-                )
-                learned = dict(connection.execute(known, (fresh,)).fetchall())
-                connection.commit()
-                self._keys.update(learned)
+                learned = {row[0]: RunIdentity(number=row[1], user=row[2]) for row in rows}
+            found.update(learned)
+            if len(self._runs) + len(learned) > MOST_RUNS:
+                self._runs = {}
+            self._runs.update(learned)
+        return found
 
     def watermarks(self, producers: Iterable[str]) -> Watermarks:
         """What is committed of each stream; producers that never committed anything are left out."""
@@ -325,17 +349,26 @@ class Store:
         with self._reading() as connection:
             return reading.summaries(connection, runs, keys)
 
-    def first_summaries(self, runs: Sequence[str], *, groups: Sequence[Sequence[str]]) -> list[SummaryRow]:
+    def first_summaries(
+        self, runs: Sequence[str], *, groups: Sequence[Sequence[str]], without: Sequence[str] = ()
+    ) -> list[SummaryRow]:
         """One of each run that has metrics: declared directions before others, keys that begin with a word of the first
-        group before those of the second and the rest, then by name; of the lowest rank."""
+        group before those of the second and the rest, then by name; of the lowest rank. Keys that begin with a word of
+        `without` do not count."""
         with self._reading() as connection:
-            return reading.first_summaries(connection, runs, groups)
+            return reading.first_summaries(connection, runs, groups, without)
 
     def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
         """All points of a key, exactly as logged; empty when there are none. Raises NotFound for the run."""
         number = self._number(run)
         with self._writing() as connection:
             return reading.points(connection, number, key, rank, attempt)
+
+    def points_of(self, run: str, keys: Sequence[str]) -> dict[str, Points]:
+        """The same for several keys at once, of all ranks and attempts. Raises NotFound for the run."""
+        number = self._number(run)
+        with self._writing() as connection:
+            return reading.points_of(connection, number, keys)
 
     def point_blocks(
         self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None
@@ -344,6 +377,20 @@ class Store:
         number = self._number(run)
         with self._writing() as connection:
             yield from reading.point_blocks(connection, number, key, rank, attempt)
+
+    def curve(
+        self, run: str, key: str, *, rank: int = 0, attempt: int | None = None, start: int | None = None,
+        stop: int | None = None, most: int = 2000,
+    ) -> Curve:  # fmt: skip
+        """The key's curve for a chart, in at most `most` windows: every point where there are no more than that, else
+        windows of neighbours (see levels.py). `attempt` None: the newest that has the key.
+
+        `start` and `stop` are steps, both included; windows at these ends may reach over them. Raises NotFound for the
+        run; a key without points gives an empty curve.
+        """
+        number = self._number(run)
+        with self._writing() as connection:
+            return levels.curve(connection, number, key, rank, attempt, start, stop, most)
 
     # -- the feed for sinks --------------------------------------------------------------------------------------------
 
@@ -363,6 +410,11 @@ class Store:
         with self._reading() as connection:
             return reading.facts_after(connection, run, cursor)
 
+    def has_facts_after(self, run: str, cursor: int) -> bool:
+        """Whether `facts_after` would give anything new: one short question instead of many. Raises NotFound."""
+        with self._writing() as connection:
+            return reading.has_facts_after(connection, run, cursor)
+
     def cursor(self, sink: str, run: str = "") -> SinkCursor:
         """How far the sink is with this run; without a run, with the list of changed runs."""
         with self._reading() as connection:
@@ -370,12 +422,22 @@ class Store:
 
     def save_cursor(self, sink: str, run: str, cursor: SinkCursor) -> None:
         with self._writing() as connection:
+            if run:  # a merge of the run that does not know of this reader yet ends first
+                connection.execute(
+                    "SELECT pg_advisory_xact_lock_shared(hashtextextended(%s, 0))",
+                    (merge.lock_name(run.partition("/")[0]),),
+                )
             connection.execute(
                 "INSERT INTO sink_cursors (sink, run_id, xid, id, facts, state) VALUES (%s, %s, %s, %s, %s, %s)"
                 " ON CONFLICT (sink, run_id) DO UPDATE SET xid = excluded.xid, id = excluded.id,"
                 " facts = excluded.facts, state = excluded.state, updated_at = now()",
                 (sink, run, cursor.position.xid, cursor.position.id, cursor.facts, Jsonb(clean_json(cursor.state))),
             )
+
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        """How far each sink that ever ran is behind, by name; with a run's id, of that run alone."""
+        with self._writing() as connection:
+            return lags.sink_lags(connection, run)
 
     def try_lock(self, sink: str) -> bool:
         """True when this store holds the sink's lock. A lost connection gives it away: ask each time."""
@@ -385,7 +447,43 @@ class Store:
     def unlock(self, sink: str) -> None:
         self._locks.give_back(f"orc.sink.{sink}")
 
+    # -- merging -------------------------------------------------------------------------------------------------------
+
+    def merge(self, numbers: Sequence[int]) -> Merged:
+        """Makes large rows of the small ones that commits left of these runs (by their numbers), as far as it is due;
+        see merge.py. One transaction of about a million points at most.
+        """
+        with self._writing() as connection:
+            return merge.merge(connection, numbers)
+
+    def settle(self, numbers: Sequence[int]) -> frozenset[int]:
+        """Stores the summaries of those runs that are over where they take least room. Gives those of which nothing
+        is left to do: stored so, going on again, or removed."""
+        with self._writing() as connection:
+            return merge.settle(connection, numbers)
+
+    def unmerged(self) -> list[Unmerged]:
+        """Producers with rows as they were committed. Reads all of these."""
+        with self._writing() as connection:
+            return merge.everything(connection)
+
+    def committed_since(self, after: int) -> Changes:
+        """Who committed points since the cursor `after`, and which runs ended."""
+        with self._writing() as connection:
+            return merge.changed(connection, after)
+
+    def tidy(self) -> tuple[str, ...]:
+        """Gives the space of what merging took away back to the disk. Names the tables where there was much."""
+        with told(self._url), self._engine.connect() as pooled:
+            connection = pooled.execution_options(isolation_level="AUTOCOMMIT").connection.driver_connection
+            assert connection is not None
+            return merge.tidy(connection)
+
     # -- a whole run: copied, restored, removed ------------------------------------------------------------------------
+
+    def known_runs(self, runs: Iterable[str]) -> set[str]:
+        """Which of them the database knows, also as removed ones."""
+        return set(self._identities(set(runs)))
 
     def whereabouts(self, runs: Iterable[str]) -> dict[str, tuple[RunStatus, str]]:
         """Status and directory of each; those that are not there (any more) are left out."""
@@ -447,12 +545,25 @@ class Store:
         with self._writing() as connection, connection.cursor() as cursor:
             removal.finish(cursor, run)
 
+    # -- is all of it consistent? -------------------------------------------------------------------------------------
+
+    def check_integrity(
+        self, run: str | None = None, *, progress: integrity.Progress | None = None
+    ) -> integrity.Verdict:
+        """Looks at every point of all runs, or of one (by its id); see integrity.py. Raises NotFound."""
+        return integrity.examine(self._writing, run, progress)
+
+    def repair_integrity(self, runs: Iterable[str], *, user: str, now: float) -> list[integrity.Problem]:
+        """Mends what can be mended in these runs, telling it in an event of each."""
+        return integrity.mend(self._writing, runs, user=user, at=lifecycle.when(now))
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _number(self, run: str) -> int:
-        if self._unknown_runs({run}):
+        found = self._identities({run}).get(run)
+        if found is None:
             raise NotFound("run", run)
-        return self._runs[run].number
+        return found.number
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:

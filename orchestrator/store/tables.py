@@ -26,6 +26,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     PrimaryKeyConstraint,
+    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -35,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSONB
 from sqlalchemy.types import UserDefinedType
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Every schema this code knows, oldest first. Kept here so that looking at a database does not need Alembic."""
 HEAD = REVISIONS[-1]
 
@@ -195,6 +196,7 @@ runs = Table(
     Index("runs_by_config", "config_hash"),
     Index("runs_by_sweep", "sweep_id", postgresql_where=text("sweep_id IS NOT NULL")),
     Index("runs_by_xid", "xid"),
+    Index("runs_to_stop", "id", postgresql_where=text("cancel_requested_at IS NOT NULL AND ended_at IS NULL")),
 )
 
 run_transitions = Table(
@@ -223,9 +225,17 @@ attempts = Table(
     _when("ended_at"),
     _when("lease_until"),  # of the first lease, so its length is known; the tracker renews in memory
     _xid(),
-    _when("alive_at"),  # when the tracker that keeps the lease last said so; others leave such an attempt alone
+    Column("tracker", Text),  # who keeps its lease; while that one shows life, others leave the attempt alone
     PrimaryKeyConstraint("run_id", "attempt"),
     Index("attempts_alive", "run_id", postgresql_where=text("ended_at IS NULL")),
+)
+
+trackers = Table(
+    "trackers",
+    metadata,
+    Column("id", Text, primary_key=True),  # of one process
+    Column("beats", BigInteger, nullable=False),  # counts its signs of life: no clock is compared
+    Column("alive_at", DateTime(timezone=True), nullable=False, server_default=_NOW),
 )
 
 run_edges = Table(
@@ -427,6 +437,7 @@ producers = Table(
         "points", BigInteger, nullable=False, server_default=text("0")
     ),  # the watermark: all up to here is committed
     Column("facts", BigInteger, nullable=False, server_default=text("0")),  # the same of the other stream
+    Column("lost", BigInteger, nullable=False, server_default=text("0")),  # of those points: damaged on the way
     _created(),
     _updated(),
     _xid(),
@@ -446,58 +457,148 @@ metric_keys = Table(
     CheckConstraint("reduction IN ('', 'mean', 'min', 'max', 'sum', 'last')", name="reduction"),
 )
 
+
+def _chunk_columns() -> list[Column[Any]]:
+    """Points of one producer, key after key; within a key in the order of writing.
+
+    `key_ids` (rising) and `counts` tell whose points stand in the arrays, and how many of each. `steps` and `times`
+    hold the differences to the point before, of a key's first point the difference to `first_step` and
+    `first_time_ms`, so that they compress and 4 bytes are enough; a row ends where a difference does not fit. Where all
+    keys were logged together (`is_wide`) they have equal counts, steps and times, and these stand there once. The order
+    of the columns wastes no padding.
+    """
+    return [
+        Column("run_number", BigInteger, nullable=False),
+        _xid(),
+        Column("id", BigInteger, nullable=False, server_default=text("nextval('metric_chunks_id_seq'::regclass)")),
+        Column("producer_id", BigInteger, nullable=False),
+        # Numbers, by the producer, of the first and the last of its points here. 0: written before they were kept, or
+        # imported.
+        Column("first_seq", BigInteger, nullable=False),
+        Column("last_seq", BigInteger, nullable=False),
+        Column("first_step", BigInteger, nullable=False),
+        Column("min_step", BigInteger, nullable=False),
+        Column("max_step", BigInteger, nullable=False),
+        Column("first_time_ms", BigInteger, nullable=False),
+        Column("key_id", Integer, nullable=False),  # the only one of `key_ids`; 0 where there are several
+        Column("attempt", Integer, nullable=False),
+        Column("rank", Integer, nullable=False),
+        Column("n", Integer, nullable=False),
+        Column("crc", Integer, nullable=False),  # of the arrays, see chunks.checksum
+        # 0: as committed, one batch of a producer; 1: merged, and to be merged with more; 2: merged for good, and its
+        # points are in metric_levels; 3: merged for good, too short for that
+        Column("level", SmallInteger, nullable=False, server_default=text("0")),
+        Column("is_wide", Boolean, nullable=False),
+        Column("key_ids", ARRAY(Integer), nullable=False),
+        Column("counts", ARRAY(Integer), nullable=False),
+        Column("steps", ARRAY(Integer), nullable=False),
+        Column("times", ARRAY(Integer), nullable=False),
+        Column("values", ARRAY(DOUBLE_PRECISION), nullable=False),
+    ]
+
+
+# No foreign keys and no unique index: exactly-once comes from the watermark in `producers`, and every check would be
+# paid per row. Two partitions, because rows are committed into one and merged into the other: the first one is emptied
+# again and again, and its space goes back to the disk instead of staying as holes among what is kept.
 metric_chunks = Table(
     "metric_chunks",
     metadata,
-    # Consecutive points of one producer and key. `steps` and `times` hold the differences to the point before (the
-    # first is 0), so that they compress and 4 bytes are enough; a chunk ends where a difference does not fit. The order
-    # of the columns wastes no padding. No foreign keys and no unique index beyond the feed's: exactly-once comes from
-    # the watermark in `producers`, and every check would be paid per chunk.
+    *_chunk_columns(),
+    Index("metric_chunks_feed", "run_number", "xid", "id"),
+    postgresql_partition_by="LIST (level)",
+)
+
+metric_chunks_live = Table(
+    "metric_chunks_live",
+    metadata,
+    *_chunk_columns(),
+    Index("metric_chunks_live_feed", "run_number", "xid", "id"),
+)
+
+metric_chunks_merged = Table(
+    "metric_chunks_merged",
+    metadata,
+    *_chunk_columns(),
+    Index("metric_chunks_merged_feed", "run_number", "xid", "id"),
+    Index("metric_chunks_merged_by_key", "run_number", "level", "key_id"),
+)
+
+metric_levels = Table(
+    "metric_levels",
+    metadata,
+    # Long curves in windows of neighbouring points, for charts; see levels.py. A row of level 1 is made of one row of
+    # metric_chunks, one of a higher level of several below; `id` is that of the last chunk in it.
     Column("run_number", BigInteger, nullable=False),
-    _xid(),
-    Column("id", BigInteger, Identity(), nullable=False),
     Column("producer_id", BigInteger, nullable=False),
-    Column("first_step", BigInteger, nullable=False),
-    Column("last_step", BigInteger, nullable=False),
-    Column("first_time_ms", BigInteger, nullable=False),
+    Column("id", BigInteger, nullable=False),
+    Column("n", BigInteger, nullable=False),  # points in the row
+    Column("min_step", BigInteger, nullable=False),
+    Column("max_step", BigInteger, nullable=False),
     Column("key_id", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("rank", Integer, nullable=False),
-    Column("n", Integer, nullable=False),
-    Column("crc", Integer, nullable=False),  # of the arrays, see Chunk.crc
-    Column("steps", ARRAY(Integer), nullable=False),
-    Column("times", ARRAY(Integer), nullable=False),
-    Column("values", ARRAY(DOUBLE_PRECISION), nullable=False),
-    PrimaryKeyConstraint("run_number", "xid", "id"),  # the order of the feed
-    Index("metric_chunks_by_key", "run_number", "key_id", "rank", "attempt"),
+    Column("level", Integer, nullable=False),
+    # one entry per window
+    Column("counts", ARRAY(Integer), nullable=False),
+    Column("nans", ARRAY(Integer), nullable=False),
+    Column("infinities", ARRAY(Integer), nullable=False),
+    Column("steps", ARRAY(BigInteger), nullable=False),  # of the first point
+    Column("low_steps", ARRAY(BigInteger), nullable=False),
+    Column("high_steps", ARRAY(BigInteger), nullable=False),
+    Column("times_ms", ARRAY(BigInteger), nullable=False),  # of the first point
+    Column("first", ARRAY(DOUBLE_PRECISION), nullable=False),
+    Column("min", ARRAY(DOUBLE_PRECISION), nullable=False),  # NaN: nothing but NaN
+    Column("max", ARRAY(DOUBLE_PRECISION), nullable=False),
+    Column("sum", ARRAY(DOUBLE_PRECISION), nullable=False),  # of the finite values
+    Column("last", ARRAY(DOUBLE_PRECISION), nullable=False),
+    PrimaryKeyConstraint("run_number", "key_id", "rank", "attempt", "level", "producer_id", "id"),
 )
 
-metric_summaries = Table(
-    "metric_summaries",
+
+def _summary_columns() -> list[Column[Any]]:
+    """All points of a key and rank, over all attempts. Written in the transaction that writes the chunks."""
+    return [
+        Column("run_number", BigInteger, nullable=False),
+        Column("key_id", Integer, nullable=False),
+        Column("rank", Integer, nullable=False),
+        Column("first_attempt", Integer, nullable=False),
+        Column("last_attempt", Integer, nullable=False),
+        Column("count", BigInteger, nullable=False),
+        Column("nan_count", BigInteger, nullable=False),
+        Column("inf_count", BigInteger, nullable=False),
+        Column("sum", Double, nullable=False),  # of the finite values
+        Column("first_value", Double, nullable=False),
+        Column("first_step", BigInteger, nullable=False),
+        Column("first_time_ms", BigInteger, nullable=False),
+        Column("last_value", Double, nullable=False),
+        Column("last_step", BigInteger, nullable=False),
+        Column("last_time_ms", BigInteger, nullable=False),
+        Column("min_value", Double),  # NULL: nothing but NaN so far
+        Column("min_step", BigInteger),
+        Column("max_value", Double),
+        Column("max_step", BigInteger),
+        Column("is_final", Boolean, nullable=False, server_default=text("false")),
+    ]
+
+
+# Partitions as with metric_chunks: updates leave dead rows behind, so what nobody updates any more is moved away from
+# them. No index on values: then an update stays on its page (HOT) instead of touching every index; for that there is
+# room in each page.
+metric_summaries = Table("metric_summaries", metadata, *_summary_columns(), postgresql_partition_by="LIST (is_final)")
+
+metric_summaries_live = Table(
+    "metric_summaries_live",
     metadata,
-    # All points of a key and rank, over all attempts. Written in the transaction that writes the chunks. No index on
-    # values: then an update stays on its page (HOT) instead of touching every index.
-    Column("run_number", BigInteger, nullable=False),
-    Column("key_id", Integer, nullable=False),
-    Column("rank", Integer, nullable=False),
-    Column("first_attempt", Integer, nullable=False),
-    Column("last_attempt", Integer, nullable=False),
-    Column("count", BigInteger, nullable=False),
-    Column("nan_count", BigInteger, nullable=False),
-    Column("inf_count", BigInteger, nullable=False),
-    Column("sum", Double, nullable=False),  # of the finite values
-    Column("first_value", Double, nullable=False),
-    Column("first_step", BigInteger, nullable=False),
-    Column("first_time_ms", BigInteger, nullable=False),
-    Column("last_value", Double, nullable=False),
-    Column("last_step", BigInteger, nullable=False),
-    Column("last_time_ms", BigInteger, nullable=False),
-    Column("min_value", Double),  # NULL: nothing but NaN so far
-    Column("min_step", BigInteger),
-    Column("max_value", Double),
-    Column("max_step", BigInteger),
+    *_summary_columns(),
     PrimaryKeyConstraint("run_number", "key_id", "rank"),
-    postgresql_with={"fillfactor": 80},
+    postgresql_with={"fillfactor": 50},
+)
+
+metric_summaries_final = Table(
+    "metric_summaries_final",
+    metadata,
+    *_summary_columns(),
+    PrimaryKeyConstraint("run_number", "key_id", "rank"),
 )
 
 sink_cursors = Table(

@@ -16,17 +16,17 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import numpy as np
 import psycopg
 
-from orchestrator.records import Batch, Stream
-from orchestrator.store import chunks, facts
+from orchestrator.records import LOST, Batch, Stream
+from orchestrator.store import chunks, facts, lifecycle
 from orchestrator.store.binary import COPY_END, COPY_HEADER, numpy_cursor
-from orchestrator.store.cleaning import clean_name
 from orchestrator.store.errors import Gap, Watermarks
 
 
@@ -66,10 +66,17 @@ def missing(batches: Sequence[Batch], committed: Mapping[Stream, int]) -> list[B
     return rest
 
 
-def names_of_keys(batch: Batch) -> dict[int, str]:
-    """The names of the keys that occur in the points; an index that the batch does not name gets a telling one."""
-    indexes = np.unique(batch.points()["key"]).tolist()
-    return {i: clean_name(batch.keys[i]) or "unnamed" if i < len(batch.keys) else f"unnamed/{i}" for i in indexes}
+def named(batch: Batch) -> Batch:
+    """The batch with a name for every key index that occurs; one that the batch does not name gets a telling one."""
+    points = batch.points()
+    indexes = points["key"][(points["flags"] & LOST) == 0]
+    if not len(indexes) or indexes.max() < len(batch.keys):
+        return batch
+    indexes, place = np.unique(points["key"], return_inverse=True)
+    renumbered = points.copy()
+    renumbered["key"] = place
+    keys = tuple(batch.keys[i] if i < len(batch.keys) else f"unnamed/{i}" for i in indexes.tolist())
+    return replace(batch, keys=keys, payload=renumbered.tobytes())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +91,11 @@ def transact(
     connection: psycopg.Connection[Any],
     batches: Mapping[str, Sequence[Batch]],
     runs: Mapping[str, RunIdentity],
-    key_ids: Mapping[str, int],
+    key_tables: Mapping[tuple[str, ...], np.ndarray],
 ) -> Outcome:
-    """One try; the caller commits. `runs` and `key_ids` know everything that the batches name."""
+    """One try; the caller commits. `runs` and `key_tables` know everything that the batches name: the latter has the
+    ids of a batch's keys, by `Batch.keys`.
+    """
     connection.execute("SET LOCAL synchronous_commit = on")  # committed means: survives a crash of the server
     with numpy_cursor(connection) as cursor:
         rows = _locked(cursor, batches)
@@ -100,26 +109,30 @@ def transact(
         removed = _removed(cursor, {batch.run for sent in new.values() for batch in sent})
         kept = [batch for sent in new.values() for batch in sent if batch.run not in removed]
         points = [batch for batch in kept if batch.stream is Stream.points]
+        lost: dict[str, int] = {}
         if points:
-            _write_points(cursor, points, runs, key_ids, {producer: row[0] for producer, row in rows.items()})
-        facts.apply(connection, [said for batch in kept for said in _facts(batch, runs)])
+            lost = _write_points(cursor, points, runs, key_tables, {producer: row[0] for producer, row in rows.items()})
+        told = [batch for batch in kept if batch.stream is Stream.facts]
+        facts.apply(connection, [said for batch in told for said in _facts(batch, runs)])
         marks: Watermarks = {(producer, stream): mark for producer in new for stream, mark in rows[producer][1].items()}
         marks |= {(producer, batch.stream): batch.last for producer, sent in new.items() for batch in sent}
         moved = [producer for producer, sent in new.items() if sent]
         if moved:
-            cursor.execute(
-                "UPDATE producers p SET points = new.points, facts = new.facts, updated_at = now(),"
-                " xid = pg_current_xact_id() FROM unnest(%s, %s, %s) AS new(id, points, facts) WHERE p.id = new.id",
-                [
-                    np.array(column, dtype=np.int64)
-                    for column in zip(
-                        *(
-                            (rows[producer][0], marks[producer, Stream.points], marks[producer, Stream.facts])
-                            for producer in moved
-                        ),
-                        strict=True,
+            columns = zip(
+                *(
+                    (
+                        rows[producer][0], marks[producer, Stream.points], marks[producer, Stream.facts],
+                        lost.get(producer, 0),
                     )
-                ],
+                    for producer in moved
+                ),
+                strict=True,
+            )  # fmt: skip
+            cursor.execute(
+                "UPDATE producers p SET points = new.points, facts = new.facts, lost = p.lost + new.lost,"
+                " updated_at = now(), xid = pg_current_xact_id()"
+                " FROM unnest(%s, %s, %s, %s) AS new(id, points, facts, lost) WHERE p.id = new.id",
+                [np.array(column, dtype=np.int64) for column in columns],
             )
     return Outcome(watermarks=marks, gaps=tuple(gaps))
 
@@ -139,10 +152,14 @@ def _locked(
     rows = lock()
     unknown = [sent[0] for producer, sent in batches.items() if producer not in rows]
     if unknown:
-        cursor.executemany(
-            "INSERT INTO producers (uuid, run_id, attempt, rank) VALUES (%s, %s, %s, %s) ON CONFLICT (uuid) DO NOTHING",
-            [(UUID(hex=batch.producer), batch.run, batch.attempt, batch.rank) for batch in unknown],
-        )
+        cursor.execute(
+            "INSERT INTO producers (uuid, run_id, attempt, rank)"
+            " SELECT * FROM unnest(%s::uuid[], %s::text[], %s::int[], %s::int[]) ON CONFLICT (uuid) DO NOTHING",
+            (
+                [UUID(hex=batch.producer) for batch in unknown], [batch.run for batch in unknown],
+                [batch.attempt for batch in unknown], [batch.rank for batch in unknown],
+            ),
+        )  # fmt: skip
         rows = lock()  # another tracker may have been faster, so read what is there
     return rows
 
@@ -159,33 +176,48 @@ def _removed(cursor: psycopg.Cursor[Any], runs: set[str]) -> set[str]:
 
 
 def _write_points(
-    cursor: psycopg.Cursor[Any], batches: Sequence[Batch], runs: Mapping[str, RunIdentity], key_ids: Mapping[str, int],
-    producer_ids: Mapping[str, int],
-) -> None:  # fmt: skip
-    copied, summaries = [COPY_HEADER], []
-    for batch in batches:
-        columns, number = chunks.columns(batch), runs[batch.run].number
-        ids = {index: key_ids[name] for index, name in names_of_keys(batch).items()}
-        columns.summaries["run"] = number
-        columns.summaries["key"] = [ids[index] for index in columns.summaries["key"].tolist()]
-        summaries.append(columns.summaries)
-        producer_id = producer_ids[batch.producer]
-        copied += [
-            chunks.copy_row(
-                chunk, run_number=number, producer_id=producer_id, key_id=ids[chunk.key], attempt=batch.attempt,
-                rank=batch.rank,
+    cursor: psycopg.Cursor[Any], batches: Sequence[Batch], runs: Mapping[str, RunIdentity],
+    key_tables: Mapping[tuple[str, ...], np.ndarray], producer_ids: Mapping[str, int],
+) -> dict[str, int]:  # fmt: skip
+    """One row per batch, and one summary per key. Gives how many points were lost on their way, by producer."""
+    series, losses = chunks.series_of(batches, [key_tables[batch.keys] for batch in batches])
+    owners = np.array(
+        [
+            (
+                runs[batch.run].number, 0, 0, producer_ids[batch.producer], batch.first, batch.last, batch.attempt,
+                batch.rank, 0,
             )
-            for chunk in columns.chunks
-        ]  # fmt: skip
-    with cursor.copy(f"COPY metric_chunks ({chunks.COPY_COLUMNS}) FROM STDIN (FORMAT binary)") as copy:
-        copy.write(b"".join((*copied, COPY_END)))
-    new = chunks.merged(np.concatenate(summaries))
-    cursor.execute(_SUMMARIES, [np.ascontiguousarray(new[name]) for name in _SUMMARY_COLUMNS])
+            for batch in batches
+        ],
+        chunks.OWNER,
+    )  # fmt: skip
+    if len(series.values):
+        copied = [chunks.copy_row(row, owners[row.owner]) for row in chunks.rows(series)]
+        with cursor.copy(f"COPY metric_chunks_live ({chunks.COPY_COLUMNS}) FROM STDIN (FORMAT binary)") as copy:
+            copy.write(b"".join((COPY_HEADER, *copied, COPY_END)))
+        new = chunks.merged(chunks.summaries(series, owners["run_number"], owners["attempt"], owners["rank"]))
+        move_summaries(cursor, np.unique(owners["run_number"]).tolist(), is_final=False)
+        cursor.execute(_SUMMARIES, [np.ascontiguousarray(new[name]) for name in _SUMMARY_COLUMNS])
+    lost: dict[str, int] = defaultdict(int)
+    for loss in losses:
+        batch = batches[loss.batch]
+        lost[batch.producer] += loss.count
+        _tell_loss(cursor, batch, loss, runs[batch.run].user)
+    return lost
+
+
+def _tell_loss(cursor: psycopg.Cursor[Any], batch: Batch, loss: chunks.Loss, user: str) -> None:
+    lifecycle.add_event(
+        cursor, batch.run, attempt=batch.attempt, rank=batch.rank, at=datetime.now(UTC), kind="lost_points",
+        level="error", user=user,
+        message=f"{loss.count} points were damaged before they could be sent; the rest is here",
+        details={
+            "producer": batch.producer, "count": loss.count, "first": loss.first_seq, "last": loss.last_seq,
+        },
+    )  # fmt: skip
 
 
 def _facts(batch: Batch, runs: Mapping[str, RunIdentity]) -> list[facts.Said]:
-    if batch.stream is not Stream.facts:
-        return []
     try:
         raws = json.loads(batch.payload)
         if not isinstance(raws, list) or len(raws) != batch.count:
@@ -209,10 +241,23 @@ def _of_end(end: str, is_new: str) -> str:
 
 _TABLE_COLUMNS = ", ".join(("run_number", "key_id", *_SUMMARY_COLUMNS[2:]))
 
+_MOVE = f"""
+WITH gone AS (DELETE FROM metric_summaries_{{here}} WHERE run_number = ANY(%s) RETURNING *)
+INSERT INTO metric_summaries_{{there}} ({_TABLE_COLUMNS}, is_final)
+SELECT {_TABLE_COLUMNS}, {{is_final}} FROM gone ORDER BY run_number, key_id, rank
+"""
+
+
+def move_summaries(cursor: psycopg.Cursor[Any], runs: Sequence[int], *, is_final: bool) -> None:
+    """To the partition that nobody updates, or back. The runs' producers (or the runs) are locked by the caller."""
+    here, there = ("live", "final") if is_final else ("final", "live")
+    cursor.execute(_MOVE.format(here=here, there=there, is_final=is_final), (list(runs),))
+
+
 # Who is later: the higher attempt; within one, what is written later. NaN stands for "no minimum" on the way in.
 # PostgreSQL refuses a sum that overflows, where floating point says infinity; so infinity is said for it.
 _SUMMARIES = f"""
-INSERT INTO metric_summaries AS s ({_TABLE_COLUMNS})
+INSERT INTO metric_summaries_live AS s ({_TABLE_COLUMNS})
 SELECT run, key, rank, first_attempt, last_attempt, count, nan_count, inf_count, sum, first_value, first_step,
   first_time_ms, last_value, last_step, last_time_ms,
   nullif(min_value, 'NaN'), CASE WHEN min_value <> 'NaN' THEN min_step END,

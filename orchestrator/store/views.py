@@ -220,6 +220,39 @@ class Points:
         return len(self.values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Curve:
+    """A key's curve of one rank and attempt in windows of consecutive points, in the order of writing (steps may repeat
+    or go back). Arrays of one length, one entry per window; where `is_exact`, a window is one point.
+
+    No spike vanishes: `minimum` and `maximum` are exact and ignore NaN only, ±inf is in them; NaN stands in `nans`.
+    """
+
+    attempt: int
+    """0: there are no points."""
+    rank: int
+    steps: np.ndarray
+    """int64, of the window's first point"""
+    times: np.ndarray
+    """float64, of the window's first point, seconds since 1970"""
+    counts: np.ndarray
+    """int64, points in the window, NaN among them"""
+    nans: np.ndarray
+    """int64, NaN among them"""
+    first: np.ndarray
+    """float64, as are the following; NaN where the point was NaN"""
+    minimum: np.ndarray
+    """NaN where all points are"""
+    maximum: np.ndarray
+    mean: np.ndarray
+    """of the finite points; NaN where there is none"""
+    last: np.ndarray
+    is_exact: bool
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class FeedPosition:
     """A place in a run's feed of chunks: everything up to here was seen. The default is the beginning."""
@@ -271,3 +304,22 @@ class SinkCursor:
     facts: int = 0
     state: Mapping[str, Any] = field(default_factory=dict)
     """Anything JSON of the sink's own, the id of the mirrored run for example."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkLag:
+    """How far a sink is behind what is committed, and how it says it is."""
+
+    sink: str
+    points: int
+    """Committed and not read by the sink yet, of all ranks."""
+    seconds: float
+    """Between the newest committed point and the newest copied one, of the run that is furthest behind."""
+    runs: int
+    """Runs with something to copy."""
+    state: str
+    """Of its circuit breaker: closed (it works), open or half-open (it fails, and is left alone); empty: not told."""
+    error: str
+    """Why it does not take everything; empty when it does."""
+    updated: float
+    """When it last said that it lives; seconds since 1970."""

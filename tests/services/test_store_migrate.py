@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import stat
 import subprocess
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg
 import pytest
 from alembic import command
@@ -21,7 +24,8 @@ from cluster.postgres import EmbeddedPostgres
 from orchestrator.backends import postgres as server_of
 from orchestrator.errors import ConfigError, SchemaMismatch, ServiceUnavailable
 from orchestrator.records import TRANSITIONS, Batch, FactKind, RunSpec, RunStatus, Stream
-from orchestrator.store import migrate
+from orchestrator.store import chunks, migrate
+from orchestrator.store.binary import FLOAT8, INT4, elements
 from orchestrator.store.store import Store
 from orchestrator.store.tables import HEAD, VERSION_TABLE, metadata
 from orchestrator.store.views import FeedPosition, SinkCursor
@@ -54,32 +58,86 @@ def test_an_empty_database_is_brought_to_the_head(database_url: str) -> None:
     assert set(moves) == {(old.value, new.value) for old, allowed in TRANSITIONS.items() for new in allowed}
 
 
-def test_what_the_first_schema_holds_stays(
-    owned: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+EARLIER = {
+    "steps": [[0, 1, 1], [-3, 0, 2**31 - 5000], [7]],
+    "times": [[0, 1000, 0], [0, 0, 5], [0]],
+    "values": [[0.5, math.nan, -math.inf], [1e300, 0.0, -0.0], [2.0]],
+}
+"""Rows of metric_chunks as versions before 0003 had them, of one key; the first difference counts from 100 and NOW."""
+
+
+def filled_before(url: str) -> str:
+    """A run in a database of one of the first two versions."""
+    execute(url, "INSERT INTO experiments (project, name) VALUES ('p', 'digits')")
+    execute(url, "INSERT INTO runs (id, experiment_id, project, name, status) VALUES ('r', 1, 'p', 'n', 'RUNNING')")
+    execute(url, "INSERT INTO attempts (run_id, attempt, status) VALUES ('r', 1, 'RUNNING')")
+    execute(url, "UPDATE runs SET attempt = 1")
+    execute(url, "INSERT INTO producers (uuid, run_id, attempt, rank, points) VALUES (%s, 'r', 1, 0, 7)", uuid.uuid4())
+    execute(url, "INSERT INTO metric_keys (name) VALUES ('train/loss')")
+    for steps, times, values in zip(*EARLIER.values(), strict=True):
+        packed = [elements(np.array(steps), INT4), elements(np.array(times), INT4), elements(np.array(values), FLOAT8)]
+        execute(
+            url,
+            "INSERT INTO metric_chunks (run_number, producer_id, first_step, last_step, first_time_ms, key_id, attempt,"
+            " rank, n, crc, steps, times, values) VALUES (1, 1, 100, %s, %s, 1, 1, 0, %s, %s, %s, %s, %s)",
+            100 + sum(steps), int(NOW * 1000), len(steps), chunks.checksum(b"", b"", *packed), steps, times, values,
+        )  # fmt: skip
+    execute(
+        url,
+        "INSERT INTO metric_summaries (run_number, key_id, rank, first_attempt, last_attempt, count, nan_count,"
+        " inf_count, sum, first_value, first_step, first_time_ms, last_value, last_step, last_time_ms, min_value,"
+        " min_step, max_value, max_step) VALUES (1, 1, 0, 1, 1, 7, 1, 1, 1e300, .5, 100, 0, 2, 107, 0, '-inf', 102,"
+        " 1e300, 97)",
+    )
+    return "r"
+
+
+@pytest.mark.parametrize("version", ["0001", "0002"])
+def test_what_an_earlier_schema_holds_stays(
+    version: str, owned: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A database of the first version, and its backup, become those of this one."""
+    """A database of an earlier version, and its backup, become those of this one."""
     url, other = owned
     with monkeypatch.context() as before:
         real = command.upgrade
-        before.setattr(command, "upgrade", lambda config, _: real(config, "0001"))
-        assert migrate.upgrade(url).found == "0001"
-    store, producer, _ = filled(url)
-    run = producer.ticket.run
-    tables = ("runs", "attempts", "params", "metric_chunks", "metric_summaries", "producers", "events")
-    rows = {table: f"SELECT to_jsonb(t) - '{{xid,alive_at}}'::text[] FROM {table} t ORDER BY 1" for table in tables}
+        before.setattr(command, "upgrade", lambda config, _: real(config, version))
+        assert migrate.upgrade(url).found == version
+    run = filled_before(url)
+    tables = ("runs", "attempts", "producers", "metric_keys", "metric_summaries", "experiments")
+    new = "{xid,alive_at,tracker,lost,is_final}"
+    rows = {table: f"SELECT to_jsonb(t) - '{new}'::text[] FROM {table} t ORDER BY 1" for table in tables}
     known = {table: execute(url, query) for table, query in rows.items()}
     assert all(known.values())
-    old = migrate.backup(url, tmp_path / "old.dump")
-    assert not migrate.restore(other, old).is_current
+    assert not migrate.restore(other, migrate.backup(url, tmp_path / "old.dump")).is_current
+    starts = zip(*(EARLIER[name] for name in ("steps", "times", "values")), strict=True)
+    expected = [
+        (100 + int(step), NOW + int(ms) / 1000, value)
+        for steps, times, values in starts
+        for step, ms, value in zip(np.cumsum(steps), np.cumsum(times), values, strict=True)
+    ]
     for each in (url, other):
         assert migrate.upgrade(each).is_current
-        upgraded = Store(each)
-        upgraded.check_schema()
+        store = Store(each)
+        store.check_schema()
         assert {table: execute(each, query) for table, query in rows.items()} == known
-        upgraded.vouch([(run, 1)], now=NOW)
-        assert upgraded.vouched() == {(run, 1): NOW}
-        upgraded.close()
-    store.close()
+        sql = "SELECT step::int8, extract(epoch FROM time)::float8, value FROM metric_points"
+        for _ in range(2):
+            points = store.points(run, "train/loss")
+            found = list(zip(points.steps.tolist(), points.times.tolist(), points.values, strict=True))
+            assert np.array(found).tobytes() == np.array(expected).tobytes()
+            assert Counter(map(repr, execute(each, sql))) == Counter(map(repr, expected))
+            arrays = execute(
+                each,
+                "SELECT crc, first_seq, key_ids, counts, steps, times, values, min_step, max_step FROM metric_chunks",
+            )
+            for crc, first_seq, *ints, values, low, high in arrays:
+                assert chunks.is_intact(crc, first_seq, *map(np.array, ints), np.array(values))
+                assert (low, high) != (0, 0)
+            store.transition(run, 1, RunStatus.finished, now=NOW)
+            merged = store.merge([1])
+        assert (merged.points, len(arrays)) == (0, 1)  # one row, merged already
+        assert [chunk.steps.tolist() for chunk in store.chunks_after(run)] == [[row[0] for row in expected]]
+        store.close()
 
 
 def test_a_newer_schema_is_refused(database_url: str) -> None:
@@ -155,13 +213,14 @@ def test_a_backup_brings_everything_back_without_superuser_rights(owned: tuple[s
     migrate.upgrade(url)
     store, producer, batches = filled(url)
     run = producer.ticket.run
-    # As if the old server had seen far more transactions than the new one will: a sink has two of four chunks.
+    # As if the old server had seen far more transactions than the new one will: a sink has one of two rows.
     execute(url, "UPDATE metric_chunks SET xid = (xid::text::bigint + 1000000000)::text::xid8")
     chunks = store.chunks_after(run) or None
     assert chunks is None, "chunks from the future are held back"
-    (position,) = execute(url, "SELECT xid::text::bigint, id FROM metric_chunks ORDER BY xid, id OFFSET 1 LIMIT 1")
+    (position,) = execute(url, "SELECT xid::text::bigint, id FROM metric_chunks ORDER BY xid, id LIMIT 1")
     seen = SinkCursor(position=FeedPosition(xid=position[0], id=position[1]), facts=5, state={"run_id": "m"})
-    store.save_cursor("mlflow", run, seen)
+    for name in (run, f"{run}/attempt-1"):
+        store.save_cursor("mlflow", name, seen)
 
     written = migrate.backup(url, tmp_path / "orc.dump")
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
@@ -176,6 +235,7 @@ def test_a_backup_brings_everything_back_without_superuser_rights(owned: tuple[s
     assert restored.points(run, "train/loss").values.tolist() == store.points(run, "train/loss").values.tolist()
     cursor = restored.cursor("mlflow", run)
     assert (cursor.state, cursor.facts) == ({"run_id": "m"}, 0)
+    assert restored.cursor("mlflow", f"{run}/attempt-1") == cursor
     assert [chunk.steps[0] for chunk in restored.chunks_after(run, cursor.position)] == [10, 11]
     assert restored.commit(batches)[producer.id, Stream.points] == 20
     restored.commit([producer.points(series(1, 20)), producer.facts(fact(FactKind.status, status="FINISHED"))])
