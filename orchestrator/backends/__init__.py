@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.backends.mlflow import MlflowSink
+    from orchestrator.backends.redis import LiveRedis
+    from orchestrator.backends.tensorboard import TensorboardSink
 
 
 def open_mlflow(tracking_uri: str, *, experiment_prefix: str = "", dashboard: str = "") -> MlflowSink:
@@ -14,3 +17,26 @@ def open_mlflow(tracking_uri: str, *, experiment_prefix: str = "", dashboard: st
     from orchestrator.backends.mlflow import MlflowSink
 
     return MlflowSink(tracking_uri, experiment_prefix=experiment_prefix, dashboard=dashboard)
+
+
+def open_tensorboard(directory: str) -> TensorboardSink:
+    """The event files below a local directory as a sink. Needs the library: `pip install tensorboard`."""
+    from orchestrator.backends.tensorboard import TensorboardSink
+
+    return TensorboardSink(directory)
+
+
+def open_sink(name: str, settings: Mapping[str, Any]) -> MlflowSink | TensorboardSink:
+    """The sink of that name. Example: open_sink("mlflow", {"tracking_uri": "http://127.0.0.1:5000"})."""
+    openers: Mapping[str, Callable[..., MlflowSink | TensorboardSink]] = {
+        "mlflow": open_mlflow,
+        "tensorboard": open_tensorboard,
+    }
+    return openers[name](**settings)
+
+
+def open_live(url: str) -> LiveRedis:
+    """Live values in the Redis server at `url`. Connects lazily."""
+    from orchestrator.backends.redis import LiveRedis
+
+    return LiveRedis(url)

@@ -105,6 +105,8 @@ class MlflowSink:
 
     name = "mlflow"
     max_points = 1000
+    complete = 10_000  # it takes some thousand points per second, so it could never catch up with everything
+    clips_infinity = True
 
     def __init__(
         self, tracking_uri: str, *, timeout: int = 4, experiment_prefix: str = "", dashboard: str = ""
@@ -120,6 +122,7 @@ class MlflowSink:
         self._small_files = SmallFiles(most_bytes=MAX_FILE_BYTES)
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
+        self._words: dict[str, str] = {}  # status of a run as we have found it there
 
     # -- what a run looks like in MLflow ----------------------------------------------------------------------------
 
@@ -226,6 +229,12 @@ class MlflowSink:
             made = self._find(experiment, run.id, wanted) or made
         return self._target(made, created=True)
 
+    def rewind(self, target: Target, mark: Any) -> bool:
+        return True  # what is sent again is known by its key, time, step and value
+
+    def mark(self, target: Target) -> Any:
+        return None
+
     def set_tags(self, target: Target, tags: Mapping[str, str]) -> None:
         self._batch(target, tags=[RunTag(name, text) for name, text in tags.items()])
 
@@ -279,6 +288,8 @@ class MlflowSink:
 
     def set_status(self, target: Target, status: RunStatus, end_ms: int | None) -> None:
         word = STATUS[status]
+        if self._words.pop(target.id, "") == word and not status.is_terminal:
+            return  # a new run is RUNNING there by itself
         if status.is_terminal:
             self._call(f"run {target.id}", lambda client: client.set_terminated(target.id, word, end_ms), run=target)
         else:
@@ -309,6 +320,7 @@ class MlflowSink:
 
     def _target(self, run: Run, created: bool = False) -> Target:
         info = run.info
+        self._words = {info.run_id: info.status}  # the one that is opened now
         server = urlsplit(self._uri)
         page = server._replace(netloc=server.netloc.rpartition("@")[2], path=server.path.rstrip("/"))  # no password
         url = f"{urlunsplit(page)}/#/experiments/{info.experiment_id}/runs/{info.run_id}"

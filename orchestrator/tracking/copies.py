@@ -52,6 +52,8 @@ class Rules:
     """Points per key that are copied one by one."""
     grace: float
     """Seconds for which something that may come yet is waited for."""
+    clips_infinity: bool = True
+    """The sink cannot keep ±inf, so they are listed in tags."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +88,10 @@ class Copy:
     """Name -> [how many ±inf, "step:inf", …]."""
     last_ms: int = 0
     """Time of the newest copied point."""
+    seen: int = 0
+    """Points read from the feed, of all ranks and attempts."""
+    mark: Any = None
+    """The place in the sink that belongs to `position`, in the sink's own words."""
     files: dict[str, str] = field(default_factory=dict)
     """Path -> mark of what the sink has."""
     status: Any = None
@@ -114,6 +120,18 @@ class Copy:
     children_refused: set[int] = field(default_factory=set)
     """A person deleted them in the sink, or it does not take them: left alone in this process."""
 
+    @property
+    def held(self) -> int:
+        """Points that are in memory, with those of its attempts' copies. What is kept per curve counts as ten."""
+        opened = sum(len(one) for by_attempt in self.reductions.values() for one in by_attempt.values())
+        pending = sum(map(len, self.pending))
+        return 10 * len(self.decimators) + opened + pending + sum(child.held for child in self.children.values())
+
+    @property
+    def is_sending(self) -> bool:
+        """Something was read and is not noted as sent."""
+        return self.pending_position is not None or any(child.is_sending for child in self.children.values())
+
     # -- what is stored
 
     def state(self) -> dict[str, Any]:
@@ -132,6 +150,8 @@ class Copy:
             "kinds": self.kinds,
             "nonfinite": self.nonfinite,
             "last_ms": self.last_ms,
+            "seen": self.seen,
+            **({} if self.mark is None else {"mark": self.mark}),
             **{name: value for name, value in given.items() if value},
         }
 
@@ -149,6 +169,7 @@ class Copy:
         self.lineages = {name: Lineage.from_json(raw) for name, raw in state.get("lineages", {}).items()}
         self.nonfinite = dict(state.get("nonfinite", {}))
         self.last_ms = state.get("last_ms", 0)
+        self.seen = state.get("seen", sum(one.count for one in self.decimators.values()))
         self.files = dict(state.get("files", {}))
 
     # -- decisions
@@ -162,7 +183,8 @@ class Copy:
         summaries = self._needed(chunks, read_summaries, now)
         declared = {row.key: row.reduction for row in summaries}
         first_ranks = _first_ranks(summaries)
-        placed, decided = [], False
+        placed: list[tuple[ChunkRow, int]] = []
+        decided = False
         for chunk in chunks:
             is_new = not self._is_settled(chunk.key)
             if is_new and declared.get(chunk.key):
@@ -170,6 +192,8 @@ class Copy:
                 self.waiting.pop(chunk.key, None)
             rank = 0 if self.kinds.get(chunk.key) else self._canonical(chunk, first_ranks, now)
             if rank is None:
+                # The cursor stands at whole rows: chunks of one row come together or not at all.
+                placed = [each for each in placed if each[0].position < chunk.position]
                 break
             decided |= is_new
             placed.append((chunk, rank))
@@ -251,6 +275,7 @@ class Copy:
         taken: dict[str, list[Arrays]] = {}
         for chunk, canonical in placed:
             self.pending_position = chunk.position
+            self.seen += len(chunk.steps)
             self.seen_attempts.add(chunk.attempt)
             if self.attempt not in (None, chunk.attempt):
                 continue
@@ -314,7 +339,8 @@ class Copy:
         sent_as = self.rules.name_for(name)
         if sent_as != name:
             self._note(f"orc.key.{sent_as}", name)
-        self._note_nonfinite(name, steps, values)
+        if self.rules.clips_infinity:
+            self._note_nonfinite(name, steps, values)
         decimator = self.decimators.setdefault(name, Decimator(complete=self.rules.complete))
         chosen = _series(sent_as, decimator.add(steps, times_ms, values))
         if decimator.is_decimated:
@@ -437,31 +463,6 @@ def _error_text(error: Mapping[str, Any] | None) -> str:
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
-
-
-def points_behind(summaries: Iterable[SummaryRow], state: Mapping[str, Any]) -> tuple[int, float]:
-    """Points and seconds that one run's canonical curves are behind, by the state of its cursor."""
-    curves, ranks = state.get("curves", {}), state.get("ranks", {})
-    last = state.get("last_ms", 0) / 1000.0
-    chosen: dict[str, SummaryRow] = {}
-    for row in sorted(summaries, key=lambda row: (row.rank != ranks.get(row.key, 0), preference(row.rank))):
-        chosen.setdefault(row.key, row)
-    behind = sum(max(0, row.count - _count(curves.get(key, 0)) - _left_out(key, state)) for key, row in chosen.items())
-    if not behind:
-        return 0, 0.0
-    newest, oldest = max(row.last_time for row in chosen.values()), min(row.first_time for row in chosen.values())
-    return behind, max(0.0, newest - (last or oldest))
-
-
-def _count(raw: Any) -> int:
-    return raw if isinstance(raw, int) else raw[0]
-
-
-def _left_out(key: str, state: Mapping[str, Any]) -> int:
-    """Points that the sink will never get: repeated by a later attempt, or too late for a reduction."""
-    line = state.get("lineages", {}).get(key)
-    late = sum(raw["late"] for raw in state.get("reduced", {}).get(key, {}).values())
-    return (line[0] if line else 0) + late
 
 
 def preference(rank: int) -> int:

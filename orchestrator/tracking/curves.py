@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KINDS = ("mean", "min", "max", "sum", "last")
+"""What a metric may declare."""
+
+KINDS_ON_READ = (*KINDS, "p95", "skew")
+"""What can be asked for, too: they tell of the ranks, not of the metric."""
 
 MOST_OPEN = 50_000
 """Points of one key that wait for other ranks. Beyond it the rank that is furthest behind is not waited for."""
@@ -55,6 +59,10 @@ class Reduction:
     """Everything up to here is given out."""
     _open: np.ndarray = field(default_factory=lambda: np.empty(0, _OPEN))
 
+    def __len__(self) -> int:
+        """Points that wait for those of other ranks."""
+        return len(self._open)
+
     @property
     def waits(self) -> bool:
         return len(self._open) > 0
@@ -76,7 +84,7 @@ class Reduction:
         if not len(steps):
             return
         fresh = np.empty(len(steps), _OPEN)
-        fresh["lap"], fresh["turn"] = _numbered(steps, self._reached.get(rank))
+        fresh["lap"], fresh["turn"] = numbered(steps, self._reached.get(rank))
         fresh["step"], fresh["rank"], fresh["time"], fresh["value"] = steps, rank, times_ms, values
         self._reached[rank] = _slot(fresh[-1])
         if self._given is not None:
@@ -162,7 +170,7 @@ def joined(parts: Iterable[Arrays]) -> Arrays:
     return np.concatenate(steps), np.concatenate(times_ms), np.concatenate(values)
 
 
-def _numbered(steps: np.ndarray, before: Slot | None) -> tuple[np.ndarray, np.ndarray]:
+def numbered(steps: np.ndarray, before: Slot | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Lap and turn of each of a rank's next points."""
     lap, step, turn = before or Slot(0, int(steps[0]), 0)
     change = np.diff(steps, prepend=step)
@@ -183,6 +191,62 @@ def _up_to(points: np.ndarray, slot: Slot) -> np.ndarray:
     return (lap < slot.lap) | ((lap == slot.lap) & in_lap)
 
 
+def aligned(lap: np.ndarray, step: np.ndarray, turn: np.ndarray, *then: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order that brings the points of each slot together, and where in it each slot begins. Within a slot they are
+    ordered by `then`, the last one first, else as they came."""
+    order = np.lexsort((*then, turn, step, lap))
+    differs = np.zeros(len(order), bool)
+    differs[:1] = True
+    for column in (lap, step, turn):
+        arranged = column[order]
+        differs[1:] |= arranged[1:] != arranged[:-1]
+    return order, np.flatnonzero(differs)
+
+
+def over_ranks(kind: str, values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """One value for each group: those from one of `first` up to the next. `kind` is one of KINDS_ON_READ.
+
+    Ranks without a point in a group are not counted. NaN of any rank is NaN, except for `last`, which takes the last of
+    the group. `p95` interpolates between the two nearest ranks, as numpy does. `skew` is (max - min) / |mean|, how far
+    the ranks are apart as a share of what they have in common: 0 when all agree, whatever the unit, 0.1 when one of
+    two ranks needs 10 % longer. (Skewness in the sense of statistics is always 0 for two ranks and says little of
+    eight.)
+    """
+    counts = np.diff(first, append=len(values))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # inf - inf is NaN, sums overflow: it is shown
+        match kind:
+            case "last":
+                return values[first + counts - 1]
+            case "min":
+                return np.minimum.reduceat(values, first)
+            case "max":
+                return np.maximum.reduceat(values, first)
+            case "sum":
+                return _added(values, first, counts)
+            case "mean":
+                return _added(values, first, counts) / counts
+            case "p95":
+                return _quantile(values, first, counts, 0.95)
+            case "skew":
+                spread = np.maximum.reduceat(values, first) - np.minimum.reduceat(values, first)
+                mean = _added(values, first, counts) / counts
+                return np.where(spread == 0, 0.0, spread / np.abs(mean))
+    raise ValueError(f"{kind!r} is no reduction")
+
+
+def _quantile(values: np.ndarray, first: np.ndarray, counts: np.ndarray, share: float) -> np.ndarray:
+    if int(counts.min()) == int(counts.max()):
+        ordered = np.sort(values.reshape(-1, int(counts[0])), axis=1).reshape(-1)
+    else:
+        ordered = values[np.lexsort((values, np.repeat(np.arange(len(first)), counts)))]
+    place = share * (counts - 1)
+    below = np.floor(place).astype(np.int64)
+    low, high = ordered[first + below], ordered[first + np.ceil(place).astype(np.int64)]
+    # Without the difference where there is none to take a share of: inf - inf and 0 * inf are NaN.
+    between = np.where((low == high) | (place == below), low, low + (high - low) * (place - below))
+    return np.where(np.isnan(ordered[first + counts - 1]), np.nan, between)  # NaN is sorted to the end
+
+
 def _added(values: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Sums of the groups, one value after the other: numpy's own sums depend on how it groups them."""
     total = values[first]
@@ -193,22 +257,9 @@ def _added(values: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.ndar
 
 
 def _reduced(points: np.ndarray, kind: str) -> Arrays:
-    """One point per slot, at the time of its latest. NaN of any rank is NaN, except for `last`."""
-    last_key = points["time"] if kind == "last" else points["rank"]
-    points = points[np.lexsort((points["rank"], last_key, points["turn"], points["step"], points["lap"]))]
-    differs = np.zeros(len(points), bool)
-    differs[0] = True
-    for name in ("lap", "step", "turn"):
-        differs[1:] |= points[name][1:] != points[name][:-1]
-    first = np.flatnonzero(differs)
-    counts = np.diff(first, append=len(points))
-    values = points["value"].copy()
-    with np.errstate(over="ignore", invalid="ignore"):  # inf - inf is NaN, and a sum may overflow: both are shown
-        if kind == "last":
-            out = values[first + counts - 1]
-        elif kind in ("min", "max"):
-            out = (np.minimum if kind == "min" else np.maximum).reduceat(values, first)
-        else:
-            out = _added(values, first, counts)
-            out = out / counts if kind == "mean" else out
-    return points["step"][first].copy(), np.maximum.reduceat(points["time"], first), out
+    """One point per slot, at the time of its latest."""
+    then = (points["rank"], points["time"]) if kind == "last" else (points["rank"],)
+    order, first = aligned(points["lap"], points["step"], points["turn"], *then)
+    points = points[order]
+    values = over_ranks(kind, points["value"].copy(), first)
+    return points["step"][first].copy(), np.maximum.reduceat(points["time"], first), values

@@ -11,21 +11,31 @@ import math
 import operator
 import os
 import socket
+import struct
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orchestrator.errors import BadMetric
-from orchestrator.records import MAX_KEY_BYTES, Fact
-from orchestrator.tracking.spool import Owner, SpoolWriter
+from orchestrator.records import MAX_KEY_BYTES, Fact, WhenFull
+from orchestrator.tracking.deferred import Deferred, DeferredPoints
+from orchestrator.tracking.spool import DEFAULT_BYTES, MEMBER, Owner, SpoolWriter
+from orchestrator.tracking.spool_layout import POSITION, RECORD_STRUCT
 
 _messages = logging.getLogger(__name__)
 
 _INT64 = 1 << 63
-_PENDING_LIMIT = 256
+
+# Looked up once: `log` is what training waits for.
+_now = time.time
+_thread = threading.get_ident
+_store = RECORD_STRUCT.pack_into
 
 
 class Logger:
@@ -36,52 +46,74 @@ class Logger:
     any thread and from forked children: each gets a spool (and a producer id) of its own.
     """
 
-    def __init__(self, root: Path, *, run: str, attempt: int, rank: int, max_bytes: int = 1 << 30) -> None:
-        self._root, self._max_bytes = root, max_bytes
-        self._identity = (run, attempt, rank)
+    def __init__(
+        self,
+        root: Path,
+        *,
+        run: str,
+        attempt: int,
+        rank: int,
+        max_bytes: int = DEFAULT_BYTES,
+        when_full: WhenFull = WhenFull.block,
+        role: str = MEMBER,
+    ) -> None:
+        self._root, self._max_bytes, self._when_full = root, max_bytes, when_full
+        self._identity = (run, attempt, rank, role)
         self._spool = self._new_spool()
         self._thread = threading.get_ident()
         self._others = threading.local()
+        self._free: deque[SpoolWriter] = deque()
+        """Of threads that ended: the next ones go on with them, so that threads that come and go leave nothing open."""
         self._all = [self._spool]
-        self._pending: list[tuple[str, int, float, Any]] = []
+        self._deferred = DeferredPoints()
         self.step = 0
         """The step of the next `log` that gives none; it then counts up by one."""
         _loggers.add(self)
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        now = time.time()
+        """Records one point per metric. Raises BadMetric."""
+        now = _now()
         if step is None:
             step = self.step
             self.step = step + 1
         elif type(step) is not int:
             step = _as_step(step)
-        if not -_INT64 <= step < _INT64:
-            raise BadMetric("step", f"{step} does not fit 64 bits")
-        spool = self._spool if threading.get_ident() == self._thread else self._own_spool()
+        spool = self._spool if _thread() == self._thread else self._own_spool()
+        if not self._deferred.is_empty:
+            self._record(self._deferred.arrived(now))
+        keys = spool.keys
         bad: BadMetric | None = None
-        for key, value in metrics.items():
-            try:
-                index = spool._keys[key]
-            except KeyError:
-                try:
-                    index = spool.key_index(_checked_key(key))
-                except BadMetric as error:
-                    bad = bad or error
-                    continue
-            if type(value) is not float:
-                try:
-                    value = self._number(key, value, step, now)
-                except BadMetric as error:
-                    bad = bad or error
-                    continue
-                if value is None:
-                    continue
-            spool.append(index, step, now, value)
+        try:
+            for key, value in metrics.items():
+                if type(value) is not float or key not in keys:
+                    try:
+                        value = self._prepared(spool, key, value, step, now)
+                    except BadMetric as error:
+                        bad = bad or error
+                        continue
+                    if value is None:
+                        continue
+                # What `spool.append` does, here: a call would cost as much again.
+                while True:
+                    offset = spool.offset
+                    if offset != spool.limit:
+                        try:
+                            _store(spool.segment, offset, step, now, value, keys[key], offset + 32)
+                        except struct.error:
+                            raise BadMetric("step", f"{step} does not fit 64 bits") from None
+                        if spool.offset == offset:  # else a signal handler logged just now and took the place
+                            spool.offset = offset + 32
+                            break
+                    elif not spool.next_page(step):
+                        break
+        finally:  # also what stands before a value that raised an error of its own
+            spool.words[POSITION] = spool.base + spool.offset
+            spool.bell_words[0] = 1
         if bad is not None:
             raise bad
 
     def fact(self, fact: Fact) -> None:
-        spool = self._spool if threading.get_ident() == self._thread else self._own_spool()
+        spool = self._spool if _thread() == self._thread else self._own_spool()
         spool.append_fact(fact)
 
     def stop_requested(self) -> bool:
@@ -96,7 +128,7 @@ class Logger:
         return self._wait(SpoolWriter.is_committed, timeout)
 
     def close(self) -> None:
-        self._resolve()
+        self._record(self._deferred.all())
         for spool in self._all:
             spool.close()
         _loggers.discard(self)
@@ -104,16 +136,20 @@ class Logger:
     # -- threads and forks
 
     def _own_spool(self) -> SpoolWriter:
-        spool: SpoolWriter | None = getattr(self._others, "spool", None)
-        if spool is None:
-            spool = self._others.spool = self._new_spool()
-            self._all.append(spool)
-        return spool
+        held: _Held | None = getattr(self._others, "held", None)
+        if held is None:
+            try:
+                spool = self._free.pop()
+            except IndexError:
+                spool = self._new_spool()
+                self._all.append(spool)
+            held = self._others.held = _Held(spool, self._free)
+        return held.spool
 
     def _new_spool(self) -> SpoolWriter:
-        run, attempt, rank = self._identity
-        owner = Owner(run=run, attempt=attempt, rank=rank, pid=os.getpid(), host=socket.gethostname())
-        return SpoolWriter(self._root, owner, max_bytes=self._max_bytes)
+        run, attempt, rank, role = self._identity
+        owner = Owner(run=run, attempt=attempt, rank=rank, pid=os.getpid(), host=socket.gethostname(), role=role)
+        return SpoolWriter(self._root, owner, max_bytes=self._max_bytes, when_full=self._when_full)
 
     def _after_fork(self) -> None:
         # The child shares the parent's mapping: writing there would tear its points. It starts a spool when it first
@@ -121,25 +157,35 @@ class Logger:
         for spool in self._all:
             spool.abandon_after_fork()
         self._thread = -1
-        self._others = threading.local()
+        self._others, self._free = threading.local(), deque()
         self._all = []
-        self._pending = []
+        self._deferred = DeferredPoints()
 
     # -- values
+
+    def _prepared(self, spool: SpoolWriter, key: str, value: Any, step: int, now: float) -> float | None:
+        """`value` as `_number` has it, its key written down. None, too, when the point was dropped."""
+        if key not in spool.keys and not spool.add_key(_checked_key(key), step):
+            return None
+        if isinstance(value, float):
+            return float(value)  # numpy's float64 is one, too
+        return self._number(key, value, step, now)
 
     def _number(self, key: str, value: Any, step: int, now: float) -> float | None:
         """`value` as float64; None when it will be resolved later (a tensor on an accelerator)."""
         kind = type(value)
         if kind is int or kind is bool:
             return _exact_float(key, value)
+        if isinstance(value, np.generic):
+            return _as_number(key, value.item())
         device = getattr(value, "device", None)
         if getattr(device, "type", "cpu") != "cpu" and hasattr(value, "detach"):
             if value.numel() != 1:
                 raise BadMetric(key, f"is a tensor of shape {tuple(value.shape)}; log a scalar, e.g. its mean()")
+            if not -_INT64 <= step < _INT64:
+                raise BadMetric("step", f"{step} does not fit 64 bits")
             # A copy on the device's own queue: no synchronisation now, and later in-place changes do not matter.
-            self._pending.append((key, step, now, value.detach().reshape(()).clone()))
-            if len(self._pending) >= _PENDING_LIMIT:
-                self._resolve()
+            self._deferred.add(Deferred(key, step, now, value.detach().reshape(()).clone()))
             return None
         shape = getattr(value, "shape", ())
         if len(shape) and math.prod(shape) != 1:
@@ -148,42 +194,46 @@ class Logger:
             value = value.detach()
         if hasattr(value, "item"):
             value = value.item()
-        if isinstance(value, bool | int):
-            return _exact_float(key, value)
-        if value is None or isinstance(value, complex | str | bytes):
-            raise BadMetric(key, f"is {_shown(value)}; a metric is a number (text belongs into run.params or run.tags)")
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise BadMetric(key, f"is {_shown(value)}, which is no number") from error
+        return _as_number(key, value)
 
-    def _resolve(self) -> None:
-        """Points whose value was on an accelerator: one stack, one transfer."""
-        if not self._pending:
-            return
-        import torch
+    def _record(self, points: list[tuple[Deferred, Any]]) -> None:
+        """Points that were on an accelerator, with the step and the time at which they were logged.
 
-        pending, self._pending = self._pending, []
-        try:
-            values = torch.stack([tensor.double() for *_, tensor in pending]).cpu().tolist()
-        except RuntimeError as error:
-            # The device is broken, and the train function hears of it by its own next call; a close must go on.
-            _messages.error("%d points that were on the device are lost: %s", len(pending), error)
+        They may have been logged by another thread, but go into the spool of the one that is here: each has one writer
+        and keys of its own.
+        """
+        if not points:
             return
-        # They may have been logged by another thread, but go into the spool of the one that is here: each has one
-        # writer and keys of its own.
-        spool = self._spool if threading.get_ident() == self._thread else self._own_spool()
-        for (key, step, when, _), value in zip(pending, values, strict=True):
-            spool.append(spool.key_index(key), step, when, value)
+        spool = self._spool if _thread() == self._thread else self._own_spool()
+        for point, value in points:
+            try:
+                number = _as_number(point.key, value)
+            except BadMetric as error:
+                _messages.error("a point of step %d is lost: %s", point.step, error)
+                continue
+            if point.key in spool.keys or spool.add_key(point.key, point.step):
+                spool.append(spool.keys[point.key], point.step, point.time, number)
 
     def _wait(self, reached: Any, timeout: float) -> bool:
-        self._resolve()
+        self._record(self._deferred.all())
         deadline = time.monotonic() + timeout
         while not all(reached(spool) for spool in self._all):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
         return True
+
+
+class _Held:
+    """A thread's hold of its spool. It ends with the thread, which takes its locals along."""
+
+    __slots__ = ("_free", "spool")
+
+    def __init__(self, spool: SpoolWriter, free: deque[SpoolWriter]) -> None:
+        self.spool, self._free = spool, free
+
+    def __del__(self) -> None:
+        self._free.append(self.spool)
 
 
 _loggers: weakref.WeakSet[Logger] = weakref.WeakSet()
@@ -221,6 +271,17 @@ def _exact_float(key: str, value: int) -> float:
     if int(number) != value:
         raise BadMetric(key, f"{value} cannot be stored exactly; log float(x) if rounding is fine")
     return number
+
+
+def _as_number(key: str, value: Any) -> float:
+    if isinstance(value, bool | int):
+        return _exact_float(key, value)
+    if value is None or isinstance(value, complex | str | bytes):
+        raise BadMetric(key, f"is {_shown(value)}; a metric is a number (text belongs into run.params or run.tags)")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadMetric(key, f"is {_shown(value)}, which is no number") from error
 
 
 def _as_step(step: Any) -> int:

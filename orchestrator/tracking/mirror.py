@@ -5,8 +5,11 @@
 * **Complete.** Every committed point of the canonical curve arrives with its own step and timestamp, up to `complete`
   points per key; beyond that the minimum, maximum and last of each window (`decimation.py`).
 * **Nothing doubled.** A run's cursor moves after the sink has answered. A crash in between sends the same points
-  again, and the sink knows them by (key, step, time, value). So any process may die anywhere, and two mirrors at once
-  would do no harm; `Feed.try_lock` keeps them apart anyway.
+  again: the sink knows them by (key, step, time, value), or goes back to the place that was stored with the cursor
+  (`mark`, `rewind`). So any process may die anywhere; `Feed.try_lock` keeps two mirrors apart.
+* **In turn.** Runs are visited round and round (`turns.py`): one with much to copy uses its part of the time and goes
+  on at its next turn; of many with little each waits until there is something worth a request. What is held in memory
+  is bounded; a run that is dropped from it is read again from its cursor.
 * **Patient.** A sink that fails or hangs is left alone for growing pauses (`breaker.py`): one warning when that
   begins, one when it ends. A run that the sink refuses is put aside, the others go on. `step` takes at most about ten
   seconds.
@@ -39,9 +42,18 @@ from orchestrator.backends.sinks import (
     Target,
 )
 from orchestrator.clock import Clock, SystemClock
+from orchestrator.config.redaction import redact_url
 from orchestrator.errors import NotFound, UserError
 from orchestrator.records import RunStatus
-from orchestrator.store.views import ChangedRuns, ChunkRow, FactChanges, FeedPosition, SinkCursor, SummaryRow
+from orchestrator.store.views import (
+    ChangedRuns,
+    ChunkRow,
+    FactChanges,
+    FeedPosition,
+    SinkCursor,
+    SinkLag,
+    SummaryRow,
+)
 from orchestrator.tracking.backlog import Backlog
 from orchestrator.tracking.breaker import BreakerState, CircuitBreaker
 from orchestrator.tracking.copies import (
@@ -52,9 +64,9 @@ from orchestrator.tracking.copies import (
     drop,
     facts_of,
     head,
-    points_behind,
     prefixed,
 )
+from orchestrator.tracking.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +75,13 @@ FEWEST_POINTS = 50
 
 STUMBLES = 5
 """After so many server errors in a row a run is put aside, so that it does not keep the others waiting."""
+
+MOST_COPIES = 3000
+MOST_HELD = 3_000_000
+"""Points (24 bytes each, and what is kept per curve counts as ten) of all runs together that are held in memory."""
+
+PART = 4
+"""Where several runs have something to copy, each gets this part of a step's time."""
 
 FILE_TRIES = 3
 """Of a file that the sink does not take while it takes other things; then only its link stays until the run changes."""
@@ -86,11 +105,19 @@ class Feed(Protocol):
 
     def facts_after(self, run: str, cursor: int = 0) -> FactChanges: ...
 
+    def has_facts_after(self, run: str, cursor: int) -> bool:
+        """Whether `facts_after` would give anything new; much cheaper. Raises NotFound."""
+        ...
+
     def chunks_after(self, run: str, position: FeedPosition, *, limit: int = 1000) -> list[ChunkRow]:
         """The next chunks in commit order; none that an older, still open transaction could overtake."""
         ...
 
     def summaries(self, run: str) -> list[SummaryRow]: ...
+
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        """How far each sink is behind, by their cursors."""
+        ...
 
     def cursor(self, sink: str, run: str = "") -> SinkCursor: ...
 
@@ -102,13 +129,19 @@ class Feed(Protocol):
 
 
 class Sink(Protocol):
-    """What receives copies. Every method may be repeated with the same arguments without effect, returns or raises
-    `SinkUnavailable`, `SinkRefused` or `SinkGone` within about 8 seconds, and is called from one thread."""
+    """What receives copies. Every method returns or raises `SinkUnavailable`, `SinkRefused` or `SinkGone` within about
+    8 seconds, and is called from one thread. What was not confirmed by a cursor is sent again: a sink knows it and
+    takes it without effect, or takes back in `rewind` what came after its `mark`.
+    """
 
     name: str
-    """Names its cursors: `mlflow`."""
+    """Names its cursors: `mlflow`. Also the section of a run's configuration that may switch it off."""
     max_points: int
     """Most points in one `log_metrics`."""
+    complete: int
+    """Points per key that are copied one by one; later ones are decimated."""
+    clips_infinity: bool
+    """It cannot keep ±inf: they are listed in tags besides."""
 
     def name_for(self, name: str) -> str:
         """The nearest name the sink accepts; different names stay different."""
@@ -122,9 +155,23 @@ class Sink(Protocol):
         """Find the run by its id (an attempt by its run and number), or create it."""
         ...
 
-    def set_tags(self, target: Target, tags: Mapping[str, str]) -> None: ...
+    def rewind(self, target: Target, mark: Any) -> bool:
+        """Go back to where `mark` was given, or to the beginning (None). False: that place is not there any more, so
+        everything has to be sent from the start. A sink that knows what it has need not do anything.
+        """
+        ...
 
-    def log_params(self, target: Target, params: Mapping[str, str]) -> None: ...
+    def mark(self, target: Target) -> Any:
+        """A place to go back to, as JSON; what came before is durable. None: not needed."""
+        ...
+
+    def set_tags(self, target: Target, tags: Mapping[str, str]) -> None:
+        """Those of `tags(run)` that changed, and remarks about single curves."""
+        ...
+
+    def log_params(self, target: Target, params: Mapping[str, str]) -> None:
+        """Those of `params(run)` that changed."""
+        ...
 
     def log_metrics(self, target: Target, series: Sequence[Series]) -> None: ...
 
@@ -140,7 +187,9 @@ class Sink(Protocol):
 
     def ping(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of everything, because another mirror writes from now on. It may be used again later."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -149,8 +198,8 @@ class MirrorConfig:
     """Pause between steps when there is nothing left to copy."""
     budget: float = 2.0
     """A step begins no new request after so many seconds."""
-    complete: int = 10_000
-    """Points per key that are copied one by one; later ones are decimated."""
+    complete: int | None = None
+    """Instead of the sink's own."""
     other_ranks: bool = False
     """Also copy the other ranks' curves, as `key/rank_k`, of every run and not only of those that ask for it."""
     grace: float = 10.0
@@ -158,17 +207,8 @@ class MirrorConfig:
     is silent, or whose attempt is over, before a reduction goes on without it."""
     aside: float = 60.0
     """Pause before a run that the sink refused is tried again; doubles up to one hour."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lag:
-    """How far a sink is behind what is committed."""
-
-    points: int
-    seconds: float
-    """Between the newest committed point and the newest copied one, of the run that is furthest behind."""
-    runs: int
-    """Runs with something to copy."""
+    linger: float = 10.0
+    """How long a run with few new points waits at most for more of them, where there are many such runs."""
 
 
 class Progress(Enum):
@@ -179,12 +219,6 @@ class Progress(Enum):
     """The time was up first."""
     waiting = "waiting"
     """For points that may come yet, or for a time."""
-
-
-@dataclass(slots=True)
-class _Aside:
-    until: float
-    pause: float
 
 
 class MirrorService:
@@ -202,12 +236,17 @@ class MirrorService:
         self._clock = clock or SystemClock()
         self._breaker = CircuitBreaker()
         self._feed_breaker = CircuitBreaker(threshold=1)
-        self._rules = Rules(name_for=sink.name_for, complete=self._config.complete, grace=self._config.grace)
+        self._rules = Rules(
+            name_for=sink.name_for,
+            complete=sink.complete if self._config.complete is None else self._config.complete,
+            grace=self._config.grace,
+            clips_infinity=sink.clips_infinity,
+        )
         self._copies: OrderedDict[str, Copy] = OrderedDict()
-        self._resting: set[str] = set()  # runs that wait
+        self._held: dict[str, int] = {}  # points in memory, by run
         self._no_files_until = 0.0
         self._backlog = Backlog(feed, sink.name)
-        self._aside: dict[str, _Aside] = {}
+        self._turns = Turns(linger=self._config.linger, aside=self._config.aside)
         self._stumbles: dict[str, int] = {}  # server errors in a row, by run
         self._points_per_request = sink.max_points
         self._chunks_per_read = 64
@@ -240,7 +279,7 @@ class MirrorService:
 
     def step(self, now: float) -> bool:
         """Copy for about `budget` seconds. True when there is more to do at once. `now` is monotonic."""
-        if not self._feed_breaker.allows(now) or not self._breaker.allows(now):
+        if not self._feed_breaker.allows(now):
             return False
         try:
             more = self._step(now)
@@ -257,26 +296,35 @@ class MirrorService:
         self._is_writer = self._feed.try_lock(self._sink.name)
         if not self._is_writer:
             self._forget()  # the other mirror moves the cursors; ours would be stale
-            return False
-        if self._breaker.state(now) is BreakerState.half_open and not self._probe():
+            self._sink.close()
             return False
         dirty = self._backlog.noticed()
+        if self._backlog.is_fresh:  # a sink may hang in its first request
+            self._save_backlog(dirty, now)
+        if self._breaker.allows(now) and (self._breaker.state(now) is BreakerState.closed or self._probe()):
+            self._copy_in_turn(dirty, now)
+        self._save_backlog(dirty, now)
+        now = self._clock.monotonic()
+        return self._breaker.allows(now) and self._turns.is_any_ready(dirty, now)
+
+    def _copy_in_turn(self, dirty: OrderedDict[str, None], now: float) -> None:
         deadline = now + self._config.budget
-        for run in list(dirty):
-            if (aside := self._aside.get(run)) is not None and now < aside.until:
-                continue
-            if not self._copy_safely(run, now, deadline, dirty):
+        due = self._turns.due(dirty, now)
+        part = self._config.budget if len(due) == 1 else self._config.budget / PART
+        for run in due:
+            until = min(deadline, self._clock.monotonic() + part)
+            if not self._copy_safely(run, now, until, dirty) or self._is_late(deadline):
                 break
-            if self._is_late(deadline):
-                break
-        self._backlog.save(dirty)
         if not dirty:  # nothing left to prove it with, and the probe was answered
             self._succeeded()
-        return self._breaker.allows(self._clock.monotonic()) and any(self._is_ready(run, now) for run in dirty)
 
-    def _is_ready(self, run: str, now: float) -> bool:
-        aside = self._aside.get(run)
-        return run not in self._resting and (aside is None or now >= aside.until)
+    def _save_backlog(self, dirty: OrderedDict[str, None], now: float) -> None:
+        self._backlog.save(dirty, now, state=self._breaker.state(now).value, error=self._trouble())
+
+    def _trouble(self) -> str:
+        """Why something is not copied, for those who only see the database."""
+        is_well = self._breaker.state(self._clock.monotonic()) is BreakerState.closed and not self._turns.aside
+        return "" if is_well else redact_url(self._last_error)
 
     def _probe(self) -> bool:
         """Ask the sink whether it lives. Only something written ends the outage: a full disk still answers."""
@@ -289,7 +337,7 @@ class MirrorService:
 
     def _copy_safely(self, run: str, now: float, deadline: float, dirty: OrderedDict[str, None]) -> bool:
         """Copy what one run has. False when the sink should be left alone for now."""
-        self._resting.discard(run)
+        begun, copied = self._clock.monotonic(), self._copied
         try:
             progress = self._copy(run, now, deadline)
         except SinkUnavailable as error:
@@ -303,32 +351,35 @@ class MirrorService:
                 self._put_aside(run, error, now)
             return self._breaker.allows(self._clock.monotonic())
         except SinkGone as error:
-            self._copies.pop(run, None)
+            self._drop(run)
             if error.deleted:
                 self._put_aside(run, error, now)
             return True
         except SinkRefused as error:
-            self._copies.pop(run, None)
+            self._drop(run)
             self._put_aside(run, error, now)
             return True
         except NotFound:  # removed from the store since it was noticed
-            self._copies.pop(run, None)
-            progress = Progress.done
+            self._drop(run)
+            self._turns.forget(run)
+            dirty.pop(run, None)
+            return True
         except UserError:
             raise
         except Exception as error:  # a defect of ours that one run triggers must not stop the copies of all others
-            self._copies.pop(run, None)
+            self._drop(run)
             logger.exception("mirror %s cannot copy a run", self._sink.name, extra={"run": run})
             self._put_aside(run, error, now)
             return True
         self._stumbles.pop(run, None)
-        self._aside.pop(run, None)
+        ended = self._clock.monotonic()
+        is_small = progress is not Progress.more and self._copied - copied < self._points_per_request
+        waits = progress is Progress.waiting
+        self._turns.visited(run, ended, seconds=ended - begun, is_small=is_small, waits=waits)
         if progress is Progress.done:
             dirty.pop(run, None)
-            return True
-        dirty.move_to_end(run)
-        if progress is Progress.waiting:
-            self._resting.add(run)
+        else:
+            dirty.move_to_end(run)
         return True
 
     def _failed(self, error: Exception) -> None:
@@ -341,27 +392,53 @@ class MirrorService:
             logger.warning("mirror %s works again and catches up", self._sink.name)
 
     def _put_aside(self, run: str, error: Exception, now: float) -> None:
-        before = self._aside.get(run)
-        pause = self._config.aside if before is None else min(3600.0, before.pause * 2)
-        self._aside[run] = _Aside(now + pause, pause)
         self._last_error = str(error)
-        if before is None:
+        if self._turns.put_aside(run, now):
             logger.warning("mirror %s puts a run aside: %s", self._sink.name, error, extra={"run": run})
 
-    # -- which runs -------------------------------------------------------------------------------------------------
+    # -- what is held in memory -------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
         self._copies.clear()
-        self._resting.clear()
+        self._held.clear()
+        self._turns.forget_waiting()
         self._backlog.forget()
+
+    def _drop(self, run: str) -> None:
+        self._copies.pop(run, None)
+        self._held.pop(run, None)
+
+    def _hold(self, run: str) -> None:
+        """Keep within the bounds: runs that were looked at longest ago are opened again when their turn comes. Not
+        those of which something is on its way: it would be read and sent again and again.
+        """
+        self._held[run] = self._copies[run].held
+        if len(self._copies) <= MOST_COPIES and not self._is_full():
+            return
+        aside = {run for run in self._turns.aside if run in self._copies}
+        idle = [name for name, copy in self._copies.items() if name in aside or not copy.is_sending]
+        for other in idle:
+            if other != run:
+                self._drop(other)
+            if len(self._copies) <= MOST_COPIES and not self._is_full():
+                return
+
+    def _is_full(self, without: str = "") -> bool:
+        return sum(self._held.values()) - self._held.get(without, 0) > MOST_HELD
 
     # -- one run ----------------------------------------------------------------------------------------------------
 
     def _copy(self, run: str, now: float, deadline: float) -> Progress:
         """Copy what a run has, then what each of its attempts has, until the time is up."""
-        if run not in self._copies and not self._wishes(self._feed.facts_after(run)).enabled:
-            return Progress.done
         copy = self._refreshed(run)
+        if copy is None:
+            return Progress.done
+        try:
+            return self._copy_all(run, copy, now, deadline)
+        finally:
+            self._hold(run)
+
+    def _copy_all(self, run: str, copy: Copy, now: float, deadline: float) -> Progress:
         progress = self._bring_up(run, copy, now, deadline)
         copy.children_due |= copy.seen_attempts if len(copy.attempts) > 1 else set()
         copy.seen_attempts.clear()
@@ -407,12 +484,15 @@ class MirrorService:
         if not self._send_facts(copy, deadline):
             return Progress.more
         copy.take_decided()  # a process before this one may have decided and not acted
+        is_read = False
         while True:
             if not self._send_pending(copy, deadline):
                 return Progress.more
-            chunks = self._read(run, copy)
-            if not chunks:
+            if is_read:
                 break
+            if self._is_full(without=run):  # what others have read is sent first
+                return Progress.more
+            chunks, is_read = self._read(run, copy)
             placed, decided = copy.decide(chunks, lambda: self._feed.summaries(run), now)
             if decided:
                 self._save(copy)
@@ -439,14 +519,16 @@ class MirrorService:
     def _wishes(self, changes: FactChanges) -> Wishes:
         return Wishes.of(changes.run.config, self._sink.name, other_ranks=self._config.other_ranks)
 
-    def _refreshed(self, run: str) -> Copy:
+    def _refreshed(self, run: str) -> Copy | None:
+        """The copy with all facts; None of a run that declines the sink."""
         copy = self._copies.get(run)
         if copy is None:
-            copy = self._opened(run)
+            changes = self._feed.facts_after(run)
+            if not self._wishes(changes).enabled:
+                return None
+            copy = self._opened(run, changes)
             self._copies[run] = copy
-            while len(self._copies) > 1000:
-                self._copies.popitem(last=False)
-        else:
+        elif self._feed.has_facts_after(run, copy.facts_cursor):
             self._update(copy, self._feed.facts_after(run, copy.facts_cursor))
         self._copies.move_to_end(run)
         return copy
@@ -462,8 +544,7 @@ class MirrorService:
         if len(copy.attempts) > 1:
             copy.children_due |= copy.attempts.keys() if was_one else {row.attempt for row in changes.attempts}
 
-    def _opened(self, run: str) -> Copy:
-        changes = self._feed.facts_after(run)
+    def _opened(self, run: str, changes: FactChanges) -> Copy:
         wishes = self._wishes(changes)
         facts = prefixed(facts_of(changes), wishes)
         attempts = {row.attempt: row for row in changes.attempts}
@@ -487,14 +568,20 @@ class MirrorService:
         cursor = self._feed.cursor(self._sink.name, cursor_id)
         if target.created or cursor.state.get("target", target.id) != target.id:
             cursor = SinkCursor()  # a new copy: everything goes there from the start
+        if not self._sink.rewind(target, cursor.state.get("mark")):
+            cursor = SinkCursor()
+            self._sink.rewind(target, None)
         copy = Copy(
             cursor_id=cursor_id, attempt=attempt, target=target, facts=facts, rules=self._rules, attempts=attempts
         )
         copy.restore(cursor.position, cursor.state)
+        if not cursor.position.xid:
+            self._save(copy)  # before anything is read: chunks that a reader has not passed are not merged
         return copy
 
     def _save(self, copy: Copy, position: FeedPosition | None = None) -> None:
         copy.position = position or copy.position
+        copy.mark = self._sink.mark(copy.target)
         cursor = SinkCursor(position=copy.position, facts=copy.facts_cursor, state=copy.state())
         self._feed.save_cursor(self._sink.name, copy.cursor_id, cursor)
 
@@ -604,14 +691,16 @@ class MirrorService:
 
     # -- points -----------------------------------------------------------------------------------------------------
 
-    def _read(self, run: str, copy: Copy) -> list[ChunkRow]:
-        chunks = self._feed.chunks_after(run, copy.position, limit=self._chunks_per_read)
-        points = sum(len(chunk.steps) for chunk in chunks)
-        if points > 50_000:
-            self._chunks_per_read = max(1, self._chunks_per_read // 2)
-        elif points < 2_000 and len(chunks) == self._chunks_per_read:
-            self._chunks_per_read = min(4096, self._chunks_per_read * 2)
-        return chunks
+    def _read(self, run: str, copy: Copy) -> tuple[list[ChunkRow], bool]:
+        """The next chunks, enough for some requests of few keys and many steps; and whether these are all."""
+        limit = self._chunks_per_read
+        chunks = self._feed.chunks_after(run, copy.position, limit=limit)
+        points, is_all = sum(len(chunk.steps) for chunk in chunks), len(chunks) < limit
+        if points > 20_000:
+            self._chunks_per_read = max(1, limit // 2)
+        elif points < 5_000 and not is_all:
+            self._chunks_per_read = min(4096, limit * 2)
+        return chunks, is_all
 
     def _send_pending(self, copy: Copy, deadline: float) -> bool:
         """Send what is chosen and move the cursor. False when the time is up first."""
@@ -657,7 +746,7 @@ class MirrorService:
 
     # -- how it stands ----------------------------------------------------------------------------------------------
 
-    def lag(self) -> Lag:
+    def lag(self) -> SinkLag:
         """How far the sink is behind. Reads the feed: raises `UserError` when that is not there."""
         return lag_of(self._feed, self._sink.name)
 
@@ -665,7 +754,7 @@ class MirrorService:
         """Small and plain, for `orc status`. Never raises."""
         now = self._clock.monotonic()
         try:
-            lag: Lag | None = self.lag()
+            lag: SinkLag | None = self.lag()
         except UserError:
             lag = None
         return {
@@ -677,20 +766,18 @@ class MirrorService:
             "behind_points": lag.points if lag else None,
             "behind_seconds": round(lag.seconds, 3) if lag else None,
             "behind_runs": lag.runs if lag else None,
-            "aside": sorted(self._aside),
+            "aside": self._turns.aside,
             "last_error": self._last_error,
         }
 
 
-def lag_of(feed: Feed, sink: str) -> Lag:
-    """How far a sink is behind, from the feed alone: any process may ask. Counts the points of the first 200 runs."""
-    cursor = feed.cursor(sink)
-    dirty = dict.fromkeys((*cursor.state.get("runs", ()), *feed.changed_runs(cursor.facts).runs))
-    points, seconds = 0, 0.0
-    for run in list(dirty)[:200]:
-        behind, late = points_behind(feed.summaries(run), feed.cursor(sink, run).state)
-        points, seconds = points + behind, max(seconds, late)
-    return Lag(points=points, seconds=seconds, runs=len(dirty))
+def lag_of(feed: Feed, sink: str) -> SinkLag:
+    """How far a sink is behind, from the feed alone: any process may ask. One that never ran has all to copy."""
+    found = next((lag for lag in feed.sink_lags() if lag.sink == sink), None)
+    if found is not None:
+        return found
+    runs = len(feed.changed_runs().runs)
+    return SinkLag(sink=sink, points=0, seconds=0.0, runs=runs, state="", error="", updated=0.0)
 
 
 # -- pure parts -------------------------------------------------------------------------------------------------------

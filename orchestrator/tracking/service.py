@@ -9,22 +9,26 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from orchestrator.backends import open_live
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import ServiceUnavailable, UserError
 from orchestrator.records import Ack, BadFrame, Batch, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import open_store
 from orchestrator.store.errors import Gap
-from orchestrator.tracking.committer import Committer, Watermarks
-from orchestrator.tracking.delivery import Verdict, admit
+from orchestrator.tracking.admission import Admission, Mark
+from orchestrator.tracking.committer import Committer, Piece, Watermarks
 from orchestrator.tracking.leases import AttemptId, Leases
-from orchestrator.tracking.live import LiveValues
-from orchestrator.tracking.wal import WriteAheadLog
+from orchestrator.tracking.live import LivePublisher, LiveValues
+from orchestrator.tracking.progress import Progress
+from orchestrator.tracking.wal import SyncFailed, WriteAheadLog
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,12 @@ VOUCH = 5.0
 """Seconds between two words to other trackers on the same database that our attempts are looked after."""
 STOOD_STILL = 5.0
 """A pause of a loop that is longer than asked for by so many seconds was none of ours."""
+SWITCH = 0.0005
+"""Seconds after which a thread of the process may take its turn."""
+TIDY = 60.0
+"""Seconds between two looks for producers that need not be remembered."""
+TOLD = 0.05
+"""Seconds for which a push waits for what another thread asks the database."""
 FIND = 10.0
 """Seconds between two looks for attempts that nobody here has heard of."""
 
@@ -50,6 +60,7 @@ class TrackerService:
         spool_directory: str = "",
         lease: float = 15.0,
         log_wait: float = 0.0,
+        redis_url: str = "",
         clock: Clock | None = None,
         exit: Callable[[int], Any] = os._exit,
     ) -> None:
@@ -61,33 +72,55 @@ class TrackerService:
         self._ingest_lock = threading.Lock()
         self._learning = threading.Lock()
         """Held by the one thread that asks the database about producers."""
-        self._accepted: dict[tuple[str, Stream], int] = {}
-        self._committed: dict[tuple[str, Stream], int] = {}
+        self._told = threading.Condition()
+        self._wanted: set[str] = set()
+        """Producers about which it is to be asked."""
+        self._admission = Admission()
+        self._progress = Progress()
         self._leases = Leases(lease)
-        self._others: dict[AttemptId, float] = {}
-        """Attempts whose driver has not spoken to this process, with the time of the last word that some tracker gave
-        for them: left by the one before us, or looked after by another one on the same database."""
+        self._name = uuid.uuid4().hex
+        """Under which this process vouches for attempts."""
+        self._others: dict[AttemptId, int] = {}
+        """Attempts whose driver has not spoken to this process, with the signs of life that their tracker had given:
+        left by the one before us, or looked after by another one on the same database."""
+        self._claims: set[AttemptId] = set()
+        """Attempts that are looked after here since a moment, and the database does not know it yet."""
         self._ended: set[AttemptId] = set()
         """Their end is accepted and perhaps not committed yet."""
-        self._find_at = self._vouch_at = -math.inf
+        self._find_at = self._vouch_at = self._tidy_at = -math.inf
         self._stopping: set[str] = set()
+        self._begun: set[str] = set()
+        """Runs whose attempts began since stop requests were last asked for."""
         self._live = LiveValues()
-        self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap)
+        self._publisher = LivePublisher(self._live, lambda: open_live(redis_url)) if redis_url else None
+        self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap, self._on_piece)
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._refused = 0
+        self._refused = self._damaged = 0
+        self._is_doubtful = False
+        """The log told of more than the database has; see `_mend`."""
+        self._full = ""
+        """Why the log cannot be written."""
         self._recover()
 
     # -- life
 
     def start(self) -> None:
+        # The committer computes. Who waits for an acknowledgement must not wait 5 ms for the interpreter each time.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH))
         for name, step, pause in (("committer", self.commit_step, 0.02), ("leases", self.lease_step, 1.0)):
             thread = threading.Thread(target=self._repeat, args=(name, step, pause), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        if self._publisher is not None:
+            thread = threading.Thread(target=self._publisher.run, name="live", daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def stop(self) -> None:
         self._stopped.set()
+        if self._publisher is not None:
+            self._publisher.stop()
         for thread in self._threads:
             thread.join(timeout=10)
         self._log.close()
@@ -113,175 +146,251 @@ class TrackerService:
         self._stopped.wait(seconds)
         now = self._clock.monotonic()
         if now - before > seconds + STOOD_STILL:
-            for attempt in self._leases.remaining(now):
-                self._leases.renew(attempt, now)
+            self._leases.renew_all(now)
 
     def _recover(self) -> None:
         """Everything still in the log counts as accepted."""
-        for _, frame in self._log.read(self._log.start(), 1 << 62):
+        now, waiting = self._clock.monotonic(), 0
+        for position, frame in self._log.read(self._log.start(), 1 << 62):
             try:
                 batch = Batch.decode(frame)
             except BadFrame:
                 continue
-            key = (batch.producer, batch.stream)
-            known = self._accepted.get(key, batch.first - 1)
-            # After a hole only what is before it counts: the producer sends the rest again.
-            if batch.first <= known + 1:
-                self._accepted[key] = max(known, batch.last)
+            self._admission.recovered(batch, now)
+            if batch.stream is Stream.facts and _tells_the_end(batch):
+                self._ended.add((batch.run, batch.attempt))
+            if batch.stream is Stream.points and position > self._committer.position:
+                waiting += batch.count
+        self._progress.accepted(waiting, self._log.synced, now)
+        self._is_doubtful = len(self._admission) > 0  # what was committed once may be more than the database has now
 
     # -- batches
 
     def push(self, frames: Sequence[bytes]) -> list[Ack]:
-        """Takes encoded batches. When it returns, everything acknowledged as accepted is fsynced.
+        """Takes encoded batches. When it returns, everything acknowledged as accepted is fsynced; calls at the same
+        time share an fsync.
 
         A batch that leaves a gap is refused: the ack's `accepted` tells from where to send again. Bytes that are no
         batch are counted and left out. A disk that cannot sync ends the process: its pages' state is unknown.
         """
-        batches = []
-        for frame in frames:
-            try:
-                batches.append(Batch.decode(frame))
-            except BadFrame as error:
-                self._refused += 1
-                logger.error("refused a batch: %s", error)
+        sent = self._decoded(frames)
+        batches = [batch for batch, _ in sent]
         self._learn([batch.producer for batch in batches])
         with self._ingest_lock:
-            taken = self._accept(batches)
+            taken = self._append(sent)
+            # Also what others have written and not synced yet, if it was sent again.
+            marks = self._admission.marks(batches)
+        if marks:
+            self._sync(taken, marks)
         for batch in taken:
             self._watch(batch)
-        acks = [self._ack(batch.producer, batch.stream, (batch.run, batch.attempt)) for batch in batches]
-        return [ack for ack in acks if ack is not None]
+        return self._acks([(batch.producer, batch.stream, (batch.run, batch.attempt)) for batch in batches])
 
     def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
         """Where each (producer, run, attempt) stands, both streams."""
-        self._learn([producer for producer, _, _ in producers])
-        acks = [
-            self._ack(producer, stream, (run, attempt)) for producer, run, attempt in producers for stream in Stream
-        ]
-        return [ack for ack in acks if ack is not None]
+        names = [producer for producer, _, _ in producers]
+        self._learn(names)
+        self._admission.heard(names, self._clock.monotonic())
+        return self._acks([(name, stream, (run, attempt)) for name, run, attempt in producers for stream in Stream])
 
-    def _accept(self, batches: Sequence[Batch]) -> list[Batch]:
-        taken: list[Batch] = []
-        # None: a new producer, of which the database has not told yet whether it has something of it.
-        accepted = {(b.producer, b.stream): self._accepted.get((b.producer, b.stream)) for b in batches}
-        try:
-            for batch in batches:
-                key = (batch.producer, batch.stream)
-                known = accepted[key]
-                if known is None:
-                    continue
-                decision = admit(batch, known)
-                if decision.verdict is Verdict.accept and decision.batch is not None:
-                    self._log.append(decision.batch.encode())
-                    accepted[key] = decision.batch.last
-                    taken.append(decision.batch)
-        except OSError as error:
-            # Most likely a full disk. Nothing of this call counts; the producers keep it and come again.
-            logger.error("the tracker's log cannot be written (%s); nothing is acknowledged until it can", error)
-            self._log.discard_unsynced()
-            return []
-        if taken:
+    def _decoded(self, frames: Sequence[bytes]) -> list[tuple[Batch, bytes]]:
+        sent = []
+        for frame in frames:
             try:
-                self._log.sync()
-            except OSError as error:
-                logger.critical("the tracker's log cannot be synced (%s); exiting", error)
-                self._exit(1)
-                raise
-            self._accepted.update({key: seq for key, seq in accepted.items() if seq is not None})
+                sent.append((Batch.decode(frame), frame))
+            except BadFrame as error:
+                self._refused += 1
+                logger.error("refused a batch: %s", error)
+        return sent
+
+    def _append(self, sent: Sequence[tuple[Batch, bytes]]) -> list[Batch]:
+        """Writes what is new to the log, under the ingest lock. What does not fit on the disk any more is left out: its
+        producers keep it and come again."""
+        taken, now = [], self._clock.monotonic()
+        try:
+            for batch, frame in sent:
+                decision = self._admission.decide(batch, now)
+                new = decision.batch if decision is not None else None
+                if new is None:
+                    continue
+                self._log.append(frame if new is batch else new.encode())
+                self._admission.written(new)
+                taken.append(new)
+        except SyncFailed as error:
+            self._end(error)
+        except OSError as error:
+            if not self._full:
+                logger.error("the tracker's log cannot be written (%s); nothing is accepted until it can", error)
+            self._full = str(error)
+            return taken
+        if taken and self._full:
+            logger.info("the tracker's log can be written again")
+            self._full = ""
         return taken
 
+    def _sync(self, taken: Sequence[Batch], marks: Sequence[Mark]) -> None:
+        try:
+            self._log.sync()
+        except OSError as error:
+            self._end(error)
+        points = sum(batch.count for batch in taken if batch.stream is Stream.points)
+        with self._ingest_lock:
+            self._admission.accepted(marks)
+            self._progress.accepted(points, self._log.synced, self._clock.monotonic())
+
+    def _end(self, error: OSError) -> NoReturn:
+        logger.critical("the tracker's log cannot be synced (%s); exiting", error)
+        self._exit(1)
+        raise error
+
     def _learn(self, producers: Sequence[str]) -> None:
-        """Asks the database about producers that this process has not seen commit yet (new ones, or all after a
-        restart).
+        """Asks the database about producers of which this process knows nothing (new ones, all after a restart, those
+        that were quiet for long).
 
         Never under the ingest lock, and by one thread at a time: a database that hangs must not hold up what needs
-        none. Who finds another thread asking goes on without; the agent comes again.
+        none. Who finds another thread asking leaves it to that one, and waits for a moment where nothing else is to be
+        done; else it goes on without, and the agent comes again.
         """
-        unknown = [producer for producer in producers if not self._knows(producer)]
-        if not unknown or not self._learning.acquire(blocking=False):
+        unknown = self._admission.unknown(producers)
+        if not unknown:
             return
-        try:
-            stored = self._store.watermarks(unknown)
-        except UserError:
-            return
-        finally:
-            self._learning.release()
         with self._ingest_lock:
-            for key in ((producer, stream) for producer in unknown for stream in Stream):
-                self._committed[key] = max(self._committed.get(key, 0), stored.get(key, 0))
-                # A log that was lost or cut counts for nothing against what is committed, and the other way round.
-                self._accepted[key] = max(self._accepted.get(key, 0), self._committed[key])
+            self._wanted.update(unknown)
+        if not self._ask() and len(unknown) == len(set(producers)):
+            with self._told:
+                self._told.wait_for(lambda: not self._admission.unknown(unknown), timeout=TOLD)
 
-    def _knows(self, producer: str) -> bool:
-        # Of both streams: the log and a commit may tell of one alone.
-        return all((producer, stream) in known for stream in Stream for known in (self._accepted, self._committed))
+    def _ask(self) -> bool:
+        """Until nothing more is wanted. False: another thread is at it."""
+        is_asking = False
+        while self._learning.acquire(blocking=False):
+            is_asking = True
+            try:
+                with self._ingest_lock:
+                    wanted, self._wanted = self._wanted, set()
+                    self._admission.asking(wanted)
+                if not wanted:
+                    break
+                stored = self._store.watermarks(wanted)
+                with self._ingest_lock:
+                    self._is_doubtful |= self._admission.learned(stored, self._clock.monotonic())
+            except UserError:
+                break
+            finally:
+                self._learning.release()
+            with self._told:
+                self._told.notify_all()
+        return is_asking
 
-    def _ack(self, producer: str, stream: Stream, attempt: AttemptId) -> Ack | None:
-        key = (producer, stream)
-        accepted = self._accepted.get(key)
-        if accepted is None:
-            return None
-        committed = min(self._committed.get(key, 0), accepted)
-        stop = self._should_stop(attempt)
-        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=stop)
+    def _acks(self, asked: Iterable[tuple[str, Stream, AttemptId]]) -> list[Ack]:
+        found = (
+            self._admission.ack(producer, stream, stop=self._should_stop(attempt))
+            for producer, stream, attempt in asked
+        )
+        return [ack for ack in found if ack is not None]
 
     def _should_stop(self, attempt: AttemptId) -> bool:
         """The run was asked to stop, or a later attempt took this one's place: two must not train at once."""
         return attempt[0] in self._stopping or self._leases.is_superseded(attempt)
 
     def _watch(self, batch: Batch) -> None:
-        if batch.stream is Stream.points:
-            self._live.take(batch)
-            return
-        for fact in batch.facts():
-            if fact.kind is FactKind.status and RunStatus(fact.data["status"]).is_terminal:
-                self._ended.add((batch.run, batch.attempt))
-                self._forget((batch.run, batch.attempt))
+        self._live.take(batch)
+        if batch.stream is Stream.facts and _tells_the_end(batch):
+            attempt = (batch.run, batch.attempt)
+            self._ended.add(attempt)
+            self._claim(attempt)
+            self._forget(attempt)
 
     def _on_commit(self, watermarks: Watermarks) -> None:
-        self._committed.update(watermarks)
+        with self._ingest_lock:
+            self._admission.committed(watermarks)
 
     def _on_gap(self, gaps: Sequence[Gap]) -> None:
         # Nothing of these producers was committed, of the other stream neither: the database says where both stand.
         with self._ingest_lock:
-            for key in ((gap.producer, stream) for gap in gaps for stream in Stream):
-                self._accepted.pop(key, None)
-                self._committed.pop(key, None)
+            self._admission.forget({gap.producer for gap in gaps})
+
+    def _on_piece(self, piece: Piece) -> None:
+        self._progress.committed(piece.points, piece.position)
 
     def commit_step(self) -> bool:
         """Moves the next piece of the log into PostgreSQL. False if there is nothing to do, or no database."""
+        now = self._clock.monotonic()
+        if self._committer.is_done:
+            self._progress.empty(now)
+            self._mend()
+            return False
         return self._committer.step()
+
+    def _mend(self) -> None:
+        """Everything in the log is committed, so what is accepted and not committed was damaged there, or the database
+        is an older one: it says from where to send again."""
+        damaged = self._log.damaged_bytes
+        if damaged != self._damaged or self._is_doubtful:
+            with self._ingest_lock:
+                self._damaged, self._is_doubtful = damaged, False
+                self._admission.forget(self._admission.unsettled())
+
+    def _tidy(self, now: float) -> None:
+        """Forgets producers that are done, so that memory does not grow with all that ever were."""
+        if now < self._tidy_at:
+            return
+        self._tidy_at = now + TIDY
+        quiet = self._admission.quiet(now, self._progress.empty_at)
+        with self._ingest_lock:
+            self._admission.forget(quiet)
 
     # -- runs
 
     def open_run(self, spec: RunSpec) -> RunTicket:
         """Creates the run, or its next attempt. Raises ServiceUnavailable, NotFound, IllegalTransition."""
         ticket = self._store.open_attempt(spec, now=self._clock.now(), lease_seconds=spec.lease)
-        self._stopping.discard(ticket.run)
-        self._leases.begin((ticket.run, ticket.attempt), self._clock.monotonic(), spec.lease)
-        self._others.pop((ticket.run, ticket.attempt), None)
+        self._begin(ticket, spec)
         return ticket
+
+    def open_runs(self, specs: Sequence[RunSpec]) -> list[RunTicket]:
+        """`open_run` for many at once: all of them, or none."""
+        tickets = self._store.open_attempts(specs, now=self._clock.now())
+        for ticket, spec in zip(tickets, specs, strict=True):
+            self._begin(ticket, spec)
+        return tickets
+
+    def _begin(self, ticket: RunTicket, spec: RunSpec) -> None:
+        attempt = (ticket.run, ticket.attempt)
+        self._begun.add(ticket.run)
+        self._stopping.discard(ticket.run)
+        self._leases.begin(attempt, self._clock.monotonic(), spec.lease)
+        self._claim(attempt)
+        self._live.opened(ticket, spec)
 
     def heartbeat(self, run: str, attempt: int) -> bool:
         """The attempt's driver is alive. True if the run should stop."""
-        if self._leases.holds((run, attempt)):
-            self._others.pop((run, attempt), None)
-            self._leases.renew((run, attempt), self._clock.monotonic())
-        return self._should_stop((run, attempt))
+        (should_stop,) = self.heartbeats([(run, attempt)])
+        return should_stop
+
+    def heartbeats(self, attempts: Sequence[AttemptId]) -> list[bool]:
+        """`heartbeat` of many drivers at once."""
+        now = self._clock.monotonic()
+        for attempt in attempts:
+            if self._leases.renew(attempt, now) and attempt in self._others:
+                self._claim(attempt)
+        return [self._should_stop(attempt) for attempt in attempts]
 
     def cancel(self, run: str, user: str = "") -> None:
         """Asks a run to stop: its ranks learn of it with the next acknowledgement, the driver with its heartbeat."""
-        self._stopping.add(run)
+        self._stopping = {*self._stopping, run}
         self._store.request_cancel(run, user=user, now=self._clock.now())
 
     def lease_step(self) -> bool:
         """Ends attempts that gave no sign of life, looks for requests to stop. Always False: it pauses between."""
         now = self._clock.monotonic()
+        self._progress.look(now)
+        self._tidy(now)
         try:
             self._find(now)
-            running = {run for run, _ in self._leases.remaining(now)}
-            if running:
-                self._stopping |= self._store.cancel_requested(sorted(running))
+            self._begun = set()
+            asked = self._store.cancel_requested()
+            self._stopping = asked - self._begun  # what began meanwhile is not what was asked to stop
             self._judge(now)
             self._vouch(now)
         except ServiceUnavailable:
@@ -289,23 +398,32 @@ class TrackerService:
             # silence proves nothing.
             for attempt in list(self._others):
                 self._leases.renew(attempt, now)
+        finally:
+            after = self._clock.monotonic()
+            if after - now > STOOD_STILL:
+                # The database hung, or this process. Other trackers could not vouch, calls may have waited in line.
+                self._leases.renew_all(after)
         return False
 
     def _find(self, now: float) -> None:
         """Attempts that run and were opened elsewhere: their driver may come here, or some tracker vouches for them."""
         if now < self._find_at:
             return
-        vouched, running = self._store.vouched(), self._store.running_attempts()
+        vouched = self._store.vouched(other_than=self._name)
+        running = self._store.running_attempts(other_than=self._name)
+        ended = set(self._ended)
+        if ended:
+            self._ended -= ended - self._store.still_running(ended)
         self._find_at = now + FIND
-        self._ended &= running.keys()
         for attempt, seconds in running.items():
             if not self._leases.holds(attempt) and attempt not in self._ended:
-                self._others[attempt] = vouched.get(attempt, 0.0)
+                self._others[attempt] = vouched.get(attempt, 0)
                 self._leases.begin(attempt, now, max(seconds or 0.0, 3 * VOUCH))
 
     def _judge(self, now: float) -> None:
         expired = self._leases.expired(now)
-        vouched = self._store.vouched() if any(attempt in self._others for attempt in expired) else {}
+        is_asked = any(attempt in self._others for attempt in expired)
+        vouched = self._store.vouched(other_than=self._name) if is_asked else {}
         for attempt in expired:
             if attempt in self._others and attempt not in vouched:
                 self._forget(attempt)  # it ended, and another tracker was told
@@ -318,10 +436,15 @@ class TrackerService:
     def _vouch(self, now: float) -> None:
         if now < self._vouch_at:
             return
-        ours = [attempt for attempt in self._leases.remaining(now) if attempt not in self._others]
-        if ours or self._ended:
-            self._store.vouch([*ours, *self._ended], now=self._clock.now())
+        claims = set(self._claims)
+        self._store.vouch(self._name, claims)
+        self._claims -= claims
         self._vouch_at = now + VOUCH
+
+    def _claim(self, attempt: AttemptId) -> None:
+        """From now on this tracker looks after it."""
+        self._others.pop(attempt, None)
+        self._claims.add(attempt)
 
     def _forget(self, attempt: AttemptId) -> None:
         self._leases.end(attempt)
@@ -335,6 +458,7 @@ class TrackerService:
         try:
             self._store.transition(run, number, RunStatus.crashed, reason=reason, now=self._clock.now())
             logger.warning("run %s attempt %d is CRASHED: %s", run, number, reason)
+            self._live.ended(run, number, RunStatus.crashed)
         except ServiceUnavailable:
             raise
         except UserError as error:
@@ -352,14 +476,32 @@ class TrackerService:
         return {"pid": os.getpid(), "spool_directory": self._spool_directory}
 
     def health(self) -> Mapping[str, Any]:
+        """`lag_*`: what is accepted and not committed. Rates are points per second of the last ten."""
+        now = self._clock.monotonic()
+        accepted, committed = self._progress.rates(now)
         return {
             "pid": os.getpid(),
-            "running": len(self._leases.remaining(0.0).keys() - self._others.keys()),
-            "producers": len({producer for producer, _ in self._accepted}),
+            "running": len(self._leases) - len(self._others),
+            "producers": len(self._admission),
+            "log": self._full or "ok",
             "log_bytes": self._log.size_bytes(),
-            "lag_bytes": self._committer.lag_bytes,
-            "database": self._committer.failure or "ok",
-            "refused_batches": self._refused,
             "log_damaged_bytes": self._log.damaged_bytes,
             "position": asdict(self._log.synced),
+            "lag_bytes": self._committer.lag_bytes,
+            "lag_points": self._progress.lag_points(),
+            "lag_seconds": self._progress.lag_seconds(now),
+            "accepted_per_second": accepted,
+            "committed_per_second": committed,
+            "database": self._committer.failure or "ok",
+            "refused_batches": self._refused,
         }
+
+
+def _tells_the_end(batch: Batch) -> bool:
+    """Whether a batch of facts says that the attempt is over. What cannot be read is the database's to refuse."""
+    try:
+        return any(
+            fact.kind is FactKind.status and RunStatus(fact.data["status"]).is_terminal for fact in batch.facts()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False

@@ -11,15 +11,28 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.records import Ack, Batch, Stream
-from orchestrator.tracking.spool import SpoolReader, SpoolUnusable, prepare_root, spools
+from orchestrator.records import POINT, Ack, Batch, Stream
+from orchestrator.tracking.spool import (
+    DEFAULT_BYTES,
+    SEGMENT_POINTS,
+    SpoolReader,
+    SpoolUnusable,
+    prepare_root,
+    remove_leftovers,
+    spools,
+)
+from orchestrator.tracking.spool_root import Node
 
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K")
 
 
 class Tracker(Protocol):
@@ -30,6 +43,37 @@ class Tracker(Protocol):
     def acknowledged(self, producers: Sequence[tuple[str, str, int]]) -> list[Ack]:
         """Where the tracker stands with (producer, run, attempt), without sending anything."""
         ...
+
+
+class _Spool:
+    """What the shipper knows of one producer besides its reader."""
+
+    __slots__ = ("cursor", "due", "held_bytes", "pause", "reader", "used_at")
+
+    def __init__(self, reader: SpoolReader) -> None:
+        self.reader = reader
+        self.cursor = dict.fromkeys(Stream, 0)
+        """Up to where it was read in this round."""
+        self.pause = self.due = 0.0
+        """Seconds between two attempts, and when the next one is due: after pushes that moved nothing."""
+        self.held_bytes = 0
+        """On the disk, as it was counted last."""
+        self.used_at = 0.0
+        """When it last had something new."""
+
+    @property
+    def attempt(self) -> tuple[str, int]:
+        return self.reader.owner.run, self.reader.owner.attempt
+
+    def waits_for_commits(self) -> bool:
+        return any(self.reader.accepted(stream) > self.reader.committed(stream) for stream in Stream)
+
+
+def _leave(groups: dict[K, dict[str, _Spool]], key: K, name: str) -> None:
+    """A group without members is none."""
+    groups[key].pop(name, None)
+    if not groups[key]:
+        del groups[key]
 
 
 class Turn:
@@ -45,10 +89,19 @@ class Turn:
         self._fd = -1
 
     def is_mine(self) -> bool:
-        """Takes the turn if it is free. Raises OSError where nobody can have it."""
+        """Takes the turn if it is free. Raises OSError where nobody can have it.
+
+        Whoever removes the directory or the file ends the turn: on what comes in its place another one may have a lock.
+        """
         if self._fd >= 0:
-            return True
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if self._is_there():
+                return True
+            self.end()
+            return False
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            return False  # the directory is gone; producers make it again
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -58,6 +111,12 @@ class Turn:
             raise  # no locks here: standing by for ever would ship nothing and say nothing
         self._fd = fd
         return True
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
 
     def end(self) -> None:
         if self._fd >= 0:
@@ -71,42 +130,86 @@ class Shipper:
     A batch is sent again until it is acknowledged; the tracker drops what it has. A spool is removed when its producer
     is dead and everything in it is committed. Several on one directory do no harm: one ships, and when it dies another
     goes on, with the spools of producers that are dead, too.
+
+    Whoever has something new rings its bell (spool_root.py), and is looked at in the next round; the others are visited
+    now and then, a few per round, so that dead ones are found and nothing depends on a bell.
     """
 
-    PAUSE = 0.05
-    """Seconds between looks at the spools."""
+    PAUSE = 0.03
+    """Seconds between two rounds when there is nothing to send."""
     STANDBY = 0.5
     """Seconds between looks whether it is this one's turn."""
     ROUND_BYTES = 8 << 20
+    """In one push, shared fairly among those who have something."""
+    LEAST_TURN = 2048
+    """Points that one producer sends at a time, at least, if it has them."""
+    ASK = 0.1
+    """Seconds between two questions to the tracker about producers that have nothing new to send, and between two
+    rounds of visits."""
+    VISITS = 60
+    WAITING_ASKED, IDLE_ASKED = 1000, 300
+    """Producers that wait for commits, and attempts that may be told to stop, in one question."""
+    MOST_AWAKE = 256
+    """Spools whose counters stay mapped; each takes a descriptor."""
+    REST = 10.0
+    """Seconds after which a spool with nothing new is given up in memory."""
+    MOST_PAUSE = 2.0
+    """Seconds between two attempts to send what the tracker does not take."""
 
-    def __init__(self, root: Path, tracker: Tracker, clock: Clock | None = None) -> None:
+    def __init__(
+        self, root: Path, tracker: Tracker, clock: Clock | None = None, *, budget_bytes: int = DEFAULT_BYTES
+    ) -> None:
         prepare_root(root)
         self._root, self._tracker, self._clock = root, tracker, clock or SystemClock()
+        self._budget_bytes = budget_bytes
+        """What all spools of the node may hold. Beyond half of it, what is accepted is released before it is committed.
+        """
         self._turn = Turn(root)
         self.is_shipping = False
         """It is this one's turn; False: another process on this machine ships the directory."""
-        self._readers: dict[str, SpoolReader] = {}
-        self._readers_lock = threading.Lock()
-        """`backlog` is asked from other threads while `step` adds and removes readers."""
+        self._node: Node | None = None
+        self._spools: dict[str, _Spool] = {}
+        self._spools_lock = threading.Lock()
+        """`backlog` is asked from other threads while `step` adds and removes spools."""
+        self._by_bell: dict[int, dict[str, _Spool]] = {}
+        self._by_attempt: dict[tuple[str, int], dict[str, _Spool]] = {}
+        self._ready: dict[str, _Spool] = {}
+        """May have something to send, in the order of their turns."""
+        self._waiting: dict[str, _Spool] = {}
+        """Have entries that are accepted and not yet committed."""
+        self._awake: dict[str, _Spool] = {}
+        """In the order of their last use."""
+        self._visits: deque[str] = deque()
+        self._idle: deque[tuple[str, int]] = deque()
+        """Attempts, in the order in which the tracker is asked about them."""
+        self._listed = (-1, 0.0)
+        """Modification time of the directory when it was read, and when that was."""
         self._unusable: set[str] = set()
         self._unreadable: set[str] = set()
-        """Spools whose last reading failed; said once, tried again in each round."""
+        """Spools whose last reading failed; said once, tried again."""
         self._stop = threading.Event()
-        self._asked = 0.0
+        self._asked = -1.0
+        self._held_bytes = 0
+        """By all spools."""
+        self._is_disk_full = False
         self.failures = 0
         """Pushes in a row that failed."""
         self.shipped = 0
 
     def run(self) -> None:
+        troubles = 0
         while not self._stop.is_set():
             try:
                 moved = self.step()
+                troubles = 0
             except Exception:
                 # The loop is the last line: a defect in one round must not end shipping for the node.
-                logger.exception("shipping failed; trying again")
+                troubles += 1
+                if troubles == 1 or troubles % 100 == 0:
+                    logger.exception("shipping failed %d times in a row; trying again", troubles)
                 moved = False
             if not moved:
-                self._stop.wait(self._pause())
+                self._stop.wait(max(self._pause(), min(0.1 * troubles, 5.0)))
         self._turn.end()
 
     def stop(self) -> None:
@@ -121,11 +224,18 @@ class Shipper:
         """One round. True if something was taken, so that there may be more to send at once."""
         if not self._is_my_turn():
             return False
-        self._discover()
-        batches = self._collect()
+        now = self._clock.monotonic()
+        self._discover(now)
+        self._listen(now)
+        is_time = now - self._asked >= self.ASK or self._asked < 0
+        if is_time:
+            self._asked = now
+            self._visit(now)
+        batches = self._collect(now)
         try:
             acks = self._tracker.push([batch.encode() for batch in batches]) if batches else []
-            acks += self._ask_for_commits(now=self._clock.monotonic())
+            if is_time:
+                acks = [*acks, *self._ask()]
         except (ConnectionError, TimeoutError) as error:
             self.failures += 1
             if self.failures in (1, 20):
@@ -134,88 +244,276 @@ class Shipper:
         if self.failures:
             logger.info("the tracker answers again")
         self.failures = 0
-        before = [self._readers[batch.producer].accepted(batch.stream) for batch in batches]
-        self._apply(acks)
-        after = [self._readers[batch.producer].accepted(batch.stream) for batch in batches]
-        self._remove_finished()
         self.shipped += sum(batch.count for batch in batches)
-        return before != after
+        before = {key: self._accepted(*key) for key in {(batch.producer, batch.stream) for batch in batches}}
+        self._apply(acks)
+        moved = {name for (name, stream), seq in before.items() if self._accepted(name, stream) != seq}
+        self._take_turns({name for name, _ in before}, moved, now)
+        self._remove_finished({ack.producer for ack in acks})
+        return bool(moved)
 
     def backlog(self) -> dict[str, int]:
-        """Entries logged on this node that are not yet accepted or committed."""
-        with self._readers_lock:
-            readers = self._readers.values()
-            return {
-                "producers": len(self._readers),
-                "not_accepted": sum(r.logged(s) - r.accepted(s) for r in readers for s in Stream),
-                "not_committed": sum(r.logged(s) - r.committed(s) for r in readers for s in Stream),
-            }
+        """Entries logged on this node that are not yet accepted or committed, as they were in the last round."""
+        with self._spools_lock:
+            readers = [spool.reader for spool in self._spools.values()]
+        return {
+            "producers": len(readers),
+            "not_accepted": sum(max(r.seen(s) - r.accepted(s), 0) for r in readers for s in Stream),
+            "not_committed": sum(max(r.seen(s) - r.committed(s), 0) for r in readers for s in Stream),
+        }
 
     def _is_my_turn(self) -> bool:
         mine = self._turn.is_mine()
+        if self.is_shipping and not mine:
+            logger.warning("%s was removed; what is logged from now on is looked for there", self._root)
         if mine and not self.is_shipping:
             logger.info("shipping %s", self._root)
+            remove_leftovers(self._root)
+            self._node = Node(self._root)
         self.is_shipping = mine
         return mine
 
-    def _discover(self) -> None:
+    # -- who there is, and who has something
+
+    def _discover(self, now: float) -> None:
+        """Reads the directory when it changed; once more when the change was too near for its clock to tell, and now
+        and then in any case.
+        """
+        changed = os.stat(self._root).st_mtime_ns
+        seen, at = self._listed
+        if changed == seen and now - at < 5.0:
+            return
+        is_settled = time.time_ns() - changed > 50_000_000
+        self._listed = (changed if is_settled else -1, now)
+        there: set[str] = set()
         for directory in spools(self._root):
-            name = directory.name
-            if name in self._readers or name in self._unusable:
+            there.add(directory.name)
+            if directory.name in self._spools or directory.name in self._unusable:
                 continue
             try:
-                reader = SpoolReader(directory)
+                self._add(_Spool(SpoolReader(directory)))
             except SpoolUnusable as error:
-                self._unusable.add(name)
-                logger.error("%s; it is left where it is", error)
-                continue
-            with self._readers_lock:
-                self._readers[name] = reader
+                if directory.exists():
+                    self._unusable.add(directory.name)
+                    logger.error("%s", error)
+            except OSError as error:  # too many open files, perhaps: it is tried again
+                if directory.name not in self._unreadable and directory.exists():
+                    self._unreadable.add(directory.name)
+                    logger.error("the spool %s cannot be read now: %s", directory, error)
+            else:
+                self._unreadable.discard(directory.name)
+        self._unusable &= there
+        self._unreadable &= there
+        for name in self._spools.keys() - there:
+            self._spools[name].reader.rest()
+            self._forget(self._spools[name])
 
-    def _collect(self) -> list[Batch]:
+    def _add(self, spool: _Spool) -> None:
+        name = spool.reader.producer
+        with self._spools_lock:
+            self._spools[name] = spool
+        self._by_bell.setdefault(Node.bell_of(name), {})[name] = spool
+        if spool.attempt not in self._by_attempt:
+            self._idle.append(spool.attempt)
+        self._by_attempt.setdefault(spool.attempt, {})[name] = spool
+        self._visits.append(name)
+        self._ready[name] = spool
+
+    def _forget(self, spool: _Spool) -> None:
+        name = spool.reader.producer
+        self._count_held(spool, 0)
+        with self._spools_lock:
+            del self._spools[name]
+        _leave(self._by_bell, Node.bell_of(name), name)
+        _leave(self._by_attempt, spool.attempt, name)
+        for index in (self._ready, self._waiting, self._awake):
+            index.pop(name, None)
+        self._unreadable.discard(name)
+
+    def _listen(self, now: float) -> None:
+        assert self._node is not None
+        for bell in self._node.rung():
+            for name, spool in self._by_bell.get(bell, {}).items():
+                self._ready.setdefault(name, spool)
+
+    def _visit(self, now: float) -> None:
+        """Some of the spools, each in its turn: is there something new, is the producer dead, may it rest?"""
+        for _ in range(min(self.VISITS, len(self._visits))):
+            name = self._visits.popleft()
+            spool = self._spools.get(name)
+            if spool is None:
+                continue
+            self._visits.append(name)
+            reader = spool.reader
+            try:
+                self._look_after(spool, now)
+            except Exception:
+                self._say_unreadable(reader)
+        self._keep_within_budget()
+
+    def _look_after(self, spool: _Spool, now: float) -> None:
+        reader = spool.reader
+        if reader.is_done():
+            self._remove(spool)
+            return
+        if reader.has_news():
+            self._ready.setdefault(reader.producer, spool)
+        elif spool.waits_for_commits():
+            self._waiting.setdefault(reader.producer, spool)
+        elif now - spool.used_at > self.REST:
+            self._rest(spool)
+        self._count_held(spool, reader.held_bytes)
+
+    def _rest(self, spool: _Spool) -> None:
+        spool.reader.rest()
+        self._awake.pop(spool.reader.producer, None)
+
+    def _keep_awake(self, spool: _Spool) -> None:
+        """This one, and those that were used last."""
+        name = spool.reader.producer
+        self._awake.pop(name, None)
+        self._awake[name] = spool
+        if len(self._awake) > self.MOST_AWAKE:
+            self._rest(next(iter(self._awake.values())))
+
+    def _count_held(self, spool: _Spool, held_bytes: int) -> None:
+        self._held_bytes += held_bytes - spool.held_bytes
+        spool.held_bytes = held_bytes
+
+    def _keep_within_budget(self) -> None:
+        """Tells producers how much the node holds. Beyond half of the budget, the largest spools release what is
+        accepted but not yet committed.
+        """
+        assert self._node is not None
+        if self._held_bytes > self._budget_bytes // 2:
+            for spool in sorted(self._spools.values(), key=lambda spool: spool.held_bytes, reverse=True):
+                spool.reader.release(spool.reader.accepted(Stream.points))
+                self._count_held(spool, spool.reader.held_bytes)
+                if self._held_bytes <= self._budget_bytes // 2:
+                    break
+        self._node.tell(self._held_bytes, self._budget_bytes)
+
+    # -- sending
+
+    def _collect(self, now: float) -> list[Batch]:
+        """What fits into one push: every spool in its turn, until all are read or the push is full."""
+        # Less to a tracker that did not answer: what is much may be why, and every try may lie in its queue.
+        round_bytes = self.ROUND_BYTES >> min(self.failures, 5)
+        turns = deque(spool for spool in self._ready.values() if spool.due <= now)
+        for spool in turns:
+            spool.cursor = {stream: spool.reader.accepted(stream) for stream in Stream}
+        share = round_bytes // POINT.itemsize // max(len(turns), 1)
+        limit = min(max(share, self.LEAST_TURN), SEGMENT_POINTS)
         batches: list[Batch] = []
         size_bytes = 0
-        for reader in self._readers.values():
-            found = self._batches_of(reader)
-            batches += found
-            size_bytes += sum(len(batch.payload) for batch in found)
-            if size_bytes > self.ROUND_BYTES:
-                break
+        while turns and size_bytes < round_bytes:
+            spool = turns.popleft()
+            found = self._batches_of(spool, limit)
+            if found:
+                spool.used_at = now
+                batches += found
+                size_bytes += sum(len(batch.payload) for batch in found)
+                turns.append(spool)
+            elif all(spool.cursor[stream] == spool.reader.accepted(stream) for stream in Stream):
+                self._ready.pop(spool.reader.producer, None)
         return batches
 
-    def _batches_of(self, reader: SpoolReader) -> list[Batch]:
+    def _batches_of(self, spool: _Spool, limit: int) -> list[Batch]:
+        reader = spool.reader
         try:
             # Facts first: a run's parameters should be there before its curves.
-            found = [reader.next_batch(stream, reader.accepted(stream)) for stream in (Stream.facts, Stream.points)]
+            read = [reader.next_batch(stream, spool.cursor[stream], limit) for stream in (Stream.facts, Stream.points)]
+            found = [batch for batch in read if batch is not None]
+            if found:
+                self._reserve_ahead(reader)
         except Exception:
-            # A damaged spool must not hold up those of the other producers.
-            if reader.producer not in self._unreadable:
-                self._unreadable.add(reader.producer)
-                logger.exception("the spool %s cannot be read; it is left where it is", reader.directory)
+            # A spool that cannot be read must not hold up those of the other producers.
+            self._say_unreadable(reader)
             return []
         self._unreadable.discard(reader.producer)
-        return [batch for batch in found if batch is not None]
+        self._count_held(spool, reader.held_bytes)
+        for batch in found:
+            spool.cursor[batch.stream] = batch.last
+        return found
 
-    def _ask_for_commits(self, now: float) -> list[Ack]:
-        """Producers with nothing new to send still wait for their commits, and for a word to stop."""
-        if now - self._asked < 0.1:
-            return []
-        self._asked = now
-        waiting = [(r.producer, r.owner.run, r.owner.attempt) for r in self._readers.values()]
-        return self._tracker.acknowledged(waiting) if waiting else []
+    def _say_unreadable(self, reader: SpoolReader) -> None:
+        if reader.producer not in self._unreadable and reader.directory.exists():
+            self._unreadable.add(reader.producer)
+            logger.exception("the spool %s cannot be read; it is left where it is", reader.directory)
+
+    def _reserve_ahead(self, reader: SpoolReader) -> None:
+        try:
+            reader.reserve_ahead()
+        except OSError as error:
+            if not self._is_disk_full:
+                logger.error("no room for the next points of %s: %s", reader.directory, error)
+            self._is_disk_full = True
+        else:
+            self._is_disk_full = False
+
+    def _take_turns(self, sent: Iterable[str], moved: set[str], now: float) -> None:
+        """Who was served goes to the end; what the tracker does not take is offered less and less often."""
+        for name in sent:
+            spool = self._spools.get(name)
+            if spool is None:
+                continue
+            spool.due = now if name in moved else now + spool.pause
+            spool.pause = 0.0 if name in moved else min(max(2 * spool.pause, self.PAUSE), self.MOST_PAUSE)
+            self._ready.pop(name, None)
+            self._ready[name] = spool
+
+    def _ask(self) -> list[Ack]:
+        """Where producers stand that wait for commits; and, one producer for each, whether attempts shall stop."""
+        asked: dict[str, _Spool] = {}
+        for name in list(self._waiting)[: self.WAITING_ASKED]:
+            asked[name] = self._waiting[name] = self._waiting.pop(name)
+        for _ in range(min(self.IDLE_ASKED, len(self._idle))):
+            attempt = self._idle.popleft()
+            if members := self._by_attempt.get(attempt):
+                self._idle.append(attempt)
+                name, spool = next(iter(members.items()))
+                asked[name] = spool
+        return self._tracker.acknowledged([(name, *spool.attempt) for name, spool in asked.items()]) if asked else []
 
     def _apply(self, acks: Sequence[Ack]) -> None:
         for ack in acks:
-            reader = self._readers.get(ack.producer)
-            if reader is None:
+            spool = self._spools.get(ack.producer)
+            if spool is None:
                 continue
-            reader.acknowledge(ack.stream, ack.accepted, ack.committed)
-            if ack.stop:
-                reader.request_stop()
+            try:
+                spool.reader.acknowledge(ack.stream, ack.accepted, ack.committed)
+                if ack.stop:
+                    for other in self._by_attempt[spool.attempt].values():
+                        other.reader.request_stop()
+                        self._keep_awake(other)
+            except OSError:
+                self._say_unreadable(spool.reader)  # most likely somebody removed it
+                continue
+            self._keep_awake(spool)
+            self._count_held(spool, spool.reader.held_bytes)
+            if spool.waits_for_commits():
+                self._waiting[ack.producer] = spool
+            else:
+                self._waiting.pop(ack.producer, None)
+            if ack.accepted < spool.reader.seen(ack.stream):
+                self._ready.setdefault(ack.producer, spool)
 
-    def _remove_finished(self) -> None:
-        for name, reader in list(self._readers.items()):
-            if reader.is_done():
-                with self._readers_lock:
-                    del self._readers[name]
-                reader.remove()
+    def _accepted(self, producer: str, stream: Stream) -> int:
+        spool = self._spools.get(producer)
+        return -1 if spool is None else spool.reader.accepted(stream)
+
+    # -- the end of a spool
+
+    def _remove_finished(self, names: Iterable[str]) -> None:
+        """Of those the tracker told about, who cannot have more to come."""
+        for name in names:
+            spool = self._spools.get(name)
+            if spool is None:
+                continue
+            reader = spool.reader
+            if all(reader.committed(stream) >= reader.seen(stream) for stream in Stream) and reader.is_done():
+                self._remove(spool)
+
+    def _remove(self, spool: _Spool) -> None:
+        self._forget(spool)
+        spool.reader.remove()

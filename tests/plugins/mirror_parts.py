@@ -21,6 +21,7 @@ from orchestrator.store.views import (
     ParamRow,
     RunDetail,
     SinkCursor,
+    SinkLag,
     SummaryRow,
 )
 
@@ -148,6 +149,12 @@ class MemoryFeed:
             cursor=self._changes,
         )
 
+    def has_facts_after(self, run: str, cursor: int) -> bool:
+        self._answer()
+        if run not in self._runs:
+            raise NotFound("run", run)
+        return self._runs[run]["changed"] > cursor
+
     def chunks_after(self, run: str, position: FeedPosition, *, limit: int = 1000) -> list[ChunkRow]:
         self._answer()
         return [chunk for chunk in self._chunks[run] if chunk.position > position][:limit]
@@ -169,6 +176,25 @@ class MemoryFeed:
         self._answer()
         if not self.forgets_cursors:
             self._cursors[sink, run] = cursor
+
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        self._answer()
+        return [self._lag(sink, cursor, run) for (sink, of_run), cursor in self._cursors.items() if not of_run]
+
+    def _lag(self, sink: str, cursor: SinkCursor, only: str | None) -> SinkLag:
+        noted = (*cursor.state["runs"], *self.changed_runs(cursor.facts).runs)
+        runs = [run for run in dict.fromkeys(noted) if run in self._runs and only in (None, run)]
+        points, seconds = 0, 0.0
+        for run in runs:
+            times = np.concatenate([np.empty(0), *(chunk.times for chunk in self._chunks[run])])
+            state = self.cursor(sink, run).state
+            if len(times) > state.get("seen", 0):
+                points += len(times) - state.get("seen", 0)
+                seconds = max(seconds, times.max() - (state.get("last_ms", 0) / 1000 or times.min()))
+        return SinkLag(
+            sink=sink, points=points, seconds=seconds, runs=len(runs), state=cursor.state["state"],
+            error=cursor.state["error"], updated=START,
+        )  # fmt: skip
 
     def set_link(self, run: str, name: str, value: Any) -> None:
         self._answer()
@@ -201,6 +227,8 @@ class RecordingSink:
 
     name = "recording"
     max_points = 1000
+    complete = 10_000
+    clips_infinity = True
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
@@ -238,6 +266,12 @@ class RecordingSink:
                 "points": set(), "tags": {}, "params": {}, "status": None, "facts": run, "datasets": set(), "files": {},
             }  # fmt: skip
         return Target(id=name, url=f"memory:{name}", created=created, takes_files=self.takes_files)
+
+    def rewind(self, target: Target, mark: Any) -> bool:
+        return True
+
+    def mark(self, target: Target) -> Any:
+        return None
 
     def set_tags(self, target: Target, tags: Mapping[str, str]) -> None:
         self._answer("set_tags")

@@ -1,7 +1,7 @@
-"""Mirrors that die: `python -m tests.plugins.mirror_process DATABASE_URL MLFLOW_URI`.
+"""Mirrors that die: `python -m tests.plugins.mirror_process DATABASE_URL mlflow|tensorboard PLACE`.
 
 Each one is a process of its own that writes a run with two attempts, copies it, and kills itself with SIGKILL after its
-first call of the sink, its fourth, its seventh … (tests/unit/test_mirror_copies.py dies after every one, in memory).
+first call of the sink, then after some more (tests/unit/test_mirror_copies.py dies after every one, in memory).
 The one that needs fewer calls is the last. Prints a line of JSON for each: how many calls it was given and the run,
 then the signal that ended it (0: none).
 """
@@ -16,15 +16,20 @@ import time
 from typing import Any
 
 from orchestrator.backends.mlflow import MlflowSink
+from orchestrator.backends.tensorboard import TensorboardSink
 from orchestrator.records import Fact, FactKind, RunStatus
 from orchestrator.store.store import Store
-from orchestrator.store.views import ChangedRuns, SinkCursor
+from orchestrator.store.views import ChangedRuns, SinkCursor, SinkLag
 from orchestrator.tracking.mirror import MirrorService
 from tests.plugins.mirror_parts import START
 from tests.plugins.store_producer import Producer, opened
 
 EXPERIMENT = "killed-mirrors"
-CALLS = ("ensure_run", "set_tags", "log_params", "log_metrics", "log_datasets", "upload", "set_status")
+CALLS = {
+    "mlflow": ("ensure_run", "set_tags", "log_params", "log_metrics", "log_datasets", "upload", "set_status"),
+    "tensorboard": ("ensure_run", "rewind", "mark", "set_tags", "log_params", "log_metrics", "set_status"),
+}
+STRIDE = {"mlflow": 3, "tensorboard": 6}
 
 
 class OneRun(Store):
@@ -46,15 +51,22 @@ class OneRun(Store):
         else:
             self.noticed = cursor
 
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        waiting = {*self.noticed.state.get("runs", ()), *self.changed_runs(self.noticed.facts).runs}
+        return [
+            SinkLag(sink=sink, points=0, seconds=0.0, runs=len(waiting), state="", error="", updated=0.0)
+            for sink in SINKS
+        ]
 
-class DyingSink(MlflowSink):
-    """Kills its process after so many calls."""
+
+class Dying:
+    """A sink that kills its process after so many calls."""
 
     calls_left = 0
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if name not in CALLS:
+        if name == "name" or name not in CALLS[self.name]:
             return found
 
         def called(*args: Any) -> Any:
@@ -65,6 +77,15 @@ class DyingSink(MlflowSink):
             return answer
 
         return called
+
+
+class DyingMlflow(Dying, MlflowSink): ...
+
+
+class DyingTensorboard(Dying, TensorboardSink): ...
+
+
+SINKS = {"mlflow": DyingMlflow, "tensorboard": DyingTensorboard}
 
 
 def write_run(store: Store) -> str:
@@ -84,8 +105,8 @@ def write_run(store: Store) -> str:
     return run
 
 
-def live_and_die(database_url: str, mlflow_uri: str, calls: int) -> None:
-    store, sink = OneRun(database_url), DyingSink(mlflow_uri)
+def live_and_die(database_url: str, sink_name: str, place: str, calls: int) -> None:
+    store, sink = OneRun(database_url), SINKS[sink_name](place)
     store.only = write_run(store)
     print(json.dumps({"calls": calls, "run": store.only}), flush=True)
     sink.calls_left = calls
@@ -94,11 +115,11 @@ def live_and_die(database_url: str, mlflow_uri: str, calls: int) -> None:
         time.sleep(0.01)  # what was committed last is not visible to the feed at once
 
 
-def main(database_url: str, mlflow_uri: str) -> None:
-    for calls in range(1, 200, 3):
+def main(database_url: str, sink_name: str, place: str) -> None:
+    for calls in range(1, 200, STRIDE[sink_name]):
         pid = os.fork()  # no connection and no thread yet: importing MLflow once is what this saves
         if not pid:
-            live_and_die(database_url, mlflow_uri, calls)
+            live_and_die(database_url, sink_name, place, calls)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)

@@ -48,7 +48,8 @@ def places(stack: Stack) -> Places:
 def settings(stack: Stack) -> str:
     """What a local tracker is started with, as a fingerprint: one that has another serves another stack, or is of
     another version."""
-    words = f"{stack.database_url} {stack.mlflow_uri} {PROTOCOL} {application.version()}"
+    served = (stack.database_url, stack.sinks(), stack.redis_url, stack.monitoring)
+    words = " ".join(map(str, (*served, PROTOCOL, application.version())))
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 

@@ -1,9 +1,9 @@
 """The local tracker as a process: `python -m orchestrator.tracking.local.process --home DIR`.
 
-TrackerService, Shipper, DirectoryService and, where the stack has MLflow, MirrorService: the classes that run on a
+TrackerService, Shipper, SystemSampler, DirectoryService and Mirrors (MLflow and other sinks): the classes that run on a
 cluster. All state is in files and PostgreSQL, so it may be killed at any time and the next one goes on: it adopts
-spools and log. While a producer of an attempt holds the lock of its spool, its process lives and the attempt's lease
-is kept; training scripts need no thread for that.
+spools and log. While a producer of an attempt holds the lock of its spool, its process lives and the attempt's lease is
+kept; training scripts need no thread for that.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backends import open_mlflow
 from orchestrator.directory.service import DirectoryService
 from orchestrator.errors import UserError
+from orchestrator.monitoring.sampler import SystemSampler
 from orchestrator.stack import Stack
 from orchestrator.store import open_store
 from orchestrator.tracking.leases import AttemptId
@@ -39,10 +39,11 @@ from orchestrator.tracking.local.protocol import (
     send,
     spec_from,
 )
-from orchestrator.tracking.mirror import MirrorService
+from orchestrator.tracking.merging import MergeService
+from orchestrator.tracking.mirrors import Mirrors
 from orchestrator.tracking.service import TrackerService
 from orchestrator.tracking.shipper import Shipper
-from orchestrator.tracking.spool import SpoolReader, SpoolUnusable, spools
+from orchestrator.tracking.spool import SAMPLER, SpoolReader, SpoolUnusable, spools
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +94,10 @@ class Producers:
         for name in self._readers.keys() - there.keys():
             self._readers.pop(name).close()
         for name in there.keys() - self._readers.keys():
-            with contextlib.suppress(SpoolUnusable):
+            with contextlib.suppress(SpoolUnusable, OSError):
                 self._readers[name] = SpoolReader(there[name])
-        return {(r.owner.run, r.owner.attempt) for r in self._readers.values() if r.is_owned()}
+        members = [reader for reader in self._readers.values() if reader.owner.role != SAMPLER]
+        return {(r.owner.run, r.owner.attempt) for r in members if r.is_owned()}
 
 
 class LocalTrackerProcess:
@@ -107,12 +109,19 @@ class LocalTrackerProcess:
         self._rest = Rest(idle=idle, patience=patience)
         self._requests = self._requests_seen = 0
         self._tracker = TrackerService(
-            where.log, stack.database_url, spool_directory=str(where.spools), log_wait=TAKE_OVER
-        )
+            where.log, stack.database_url, spool_directory=str(where.spools), log_wait=TAKE_OVER,
+            redis_url=stack.redis_url,
+        )  # fmt: skip
         self._shipper = Shipper(where.spools, self._tracker)
+        self._sampler: SystemSampler | None = None
+        if stack.monitoring:
+            self._sampler = SystemSampler(
+                where.spools, interval=stack.monitoring, is_my_turn=lambda: self._shipper.is_shipping
+            )
         self._producers = Producers(where.spools)
         self._directories = DirectoryService(open_store(stack.database_url))
-        self._mirror: MirrorService | None = None
+        self._mirrors = Mirrors(lambda: open_store(stack.database_url), stack.sinks())
+        self._merging = MergeService(open_store(stack.database_url))
         self._server = _listening(where.socket)
 
     def run(self) -> None:
@@ -121,8 +130,10 @@ class LocalTrackerProcess:
         threads.append(threading.Thread(target=self._accept, name="requests", daemon=True))
         # These may wait for a storage or for MLflow: they are not joined.
         threading.Thread(target=self._directories.run, name="directories", daemon=True).start()
-        if self._stack.mlflow_uri:
-            threading.Thread(target=self._copy, name="mirror", daemon=True).start()
+        self._mirrors.start()
+        threading.Thread(target=self._merging.run, name="merging", daemon=True).start()
+        if self._sampler is not None:
+            threading.Thread(target=self._sampler.run, name="sampler", daemon=True).start()
         for thread in threads:
             thread.start()
         while not self._stopped.wait(1.0):
@@ -135,10 +146,12 @@ class LocalTrackerProcess:
         # First nobody can come in any more; who is turned away starts the next one.
         self._where.socket.unlink(missing_ok=True)
         self._server.close()
+        if self._sampler is not None:
+            self._sampler.stop()
         self._shipper.stop()
         self._directories.stop()
-        if self._mirror is not None:
-            self._mirror.stop()
+        self._mirrors.stop()
+        self._merging.stop()
         threads[0].join(timeout=10)
         self._tracker.stop()
 
@@ -148,8 +161,7 @@ class LocalTrackerProcess:
     def _step(self, now: float) -> bool:
         """Keeps the leases of living producers. True when it is time to end."""
         living = self._producers.living()
-        for run, attempt in living:
-            self._tracker.heartbeat(run, attempt)
+        self._tracker.heartbeats(sorted(living))
         if not self._where.socket.exists():
             logger.warning("%s was removed", self._where.socket)
             return True
@@ -165,21 +177,8 @@ class LocalTrackerProcess:
         return Work(is_used=False, left=left, position=(left, position["segment"], position["offset"]))
 
     def _behind(self) -> int:
-        """Runs of which not everything is copied to their directories and to MLflow."""
-        unwritten = self._directories.health()["waiting"]
-        if self._mirror is None:
-            return unwritten + bool(self._stack.mlflow_uri)
-        try:
-            return unwritten + self._mirror.lag().runs
-        except UserError:
-            return unwritten + 1
-
-    def _copy(self) -> None:
-        try:
-            self._mirror = MirrorService(open_store(self._stack.database_url), open_mlflow(self._stack.mlflow_uri))
-            self._mirror.run()
-        except Exception:
-            logger.exception("the mirror ended; runs are recorded without it")
+        """Runs of which not everything is copied to their directories and to the sinks."""
+        return self._directories.health()["waiting"] + self._mirrors.behind()
 
     # -- requests
 
@@ -226,7 +225,10 @@ class LocalTrackerProcess:
             case "describe":
                 return {**tracker.describe(), "settings": settings(self._stack)}
             case "health":
-                return {**tracker.health(), "spools": self._shipper.backlog(), "mirror": self._mirror is not None}
+                return {
+                    **tracker.health(), "spools": self._shipper.backlog(), "sinks": self._mirrors.health(),
+                    "merging": self._merging.health(),
+                }  # fmt: skip
             case "stop":
                 return self.stop()
         raise ConnectionError(f"there is no method {method}")
