@@ -16,6 +16,7 @@ WARNING = (
     "`orc up` starts Ray; with --local or ray.enabled=false this is not mentioned."
 )
 _DATABASE_VARIABLE = "ORC_LOCAL_DATABASE_URL"
+_REDIS_VARIABLE = "ORC_LOCAL_REDIS_URL"
 
 
 def choose_place(
@@ -56,6 +57,13 @@ def _words(settings: Settings) -> tuple[list[str], Mapping[str, str]]:
         variables[_DATABASE_VARIABLE] = settings.database.url
     if settings.mlflow.enabled is not Enabled.auto:
         words.append(f"mlflow.enabled={settings.mlflow.enabled.value}")
+    if settings.redis.enabled is not Enabled.auto:
+        words.append(f"redis.enabled={settings.redis.enabled.value}")
+    if settings.redis.url:
+        words.append(f"redis.url=${{oc.env:{_REDIS_VARIABLE}}}")
+        variables[_REDIS_VARIABLE] = settings.redis.url
+    if settings.tensorboard.enabled is Enabled.true:
+        words.append("tensorboard.enabled=true")
     if settings.mlflow.tracking_uri:
         words.append(f"mlflow.tracking_uri={settings.mlflow.tracking_uri}")
     return words, variables

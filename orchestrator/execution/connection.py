@@ -103,6 +103,11 @@ def check_stack(settings: Settings, stack: Stack) -> None:
         raise ConfigError(
             "mlflow.enabled", "true", "this stack has no MLflow.", "Start it: `orc up mlflow.enabled=true`."
         )
+    if settings.tensorboard.enabled is Enabled.true and not stack.tensorboard_directory:
+        raise ConfigError(
+            "tensorboard.enabled", "true", "this stack writes no event files.",
+            "Let it: `orc up tensorboard.enabled=true`.",
+        )  # fmt: skip
 
 
 def _listens(address: str) -> bool:

@@ -393,6 +393,7 @@ class _Attempt:
             user=self._job.user,
             spool_directory=self._spools,
             spool_bytes=settings.tracking.spool_mb << 20,
+            when_full=settings.tracking.when_full,
             flush_timeout=settings.tracking.flush_timeout,
             seed=settings.run.seed,
             checkpoints=asdict(settings.checkpoints),
@@ -400,6 +401,7 @@ class _Attempt:
             secrets=self._job.secrets,
             code_paths=_code_paths(),
             threads=max(int(settings.resources.cpus_per_worker), 1),
+            perf=settings.tracking.perf,
             debug=tuple(settings.tracking.debug),
         )
 

@@ -65,9 +65,15 @@ class RemoteTracker:
     def open_run(self, spec: RunSpec) -> RunTicket:
         return self._remote.call("open_run", spec, timeout=30.0)
 
+    def open_runs(self, specs: Sequence[RunSpec]) -> list[RunTicket]:
+        return self._remote.call("open_runs", list(specs), timeout=60.0)
+
     def heartbeat(self, run: str, attempt: int) -> bool:
         # A lost answer must leave time for another beat before the lease is over.
         return self._remote.call("heartbeat", run, attempt, timeout=4.0)
+
+    def heartbeats(self, attempts: Sequence[tuple[str, int]]) -> list[bool]:
+        return self._remote.call("heartbeats", list(attempts), timeout=4.0)
 
     def cancel(self, run: str, user: str = "") -> None:
         self._remote.call("cancel", run, user)
@@ -88,8 +94,15 @@ class RemoteAgents:
     `options` are Ray's, from `actors/options.py`, without what differs from node to node.
     """
 
-    def __init__(self, process: type, options: Mapping[str, Any], spool_directory: str, debug: str = "") -> None:
-        self._process, self._options, self._arguments = process, options, (spool_directory, debug)
+    def __init__(
+        self,
+        process: type,
+        options: Mapping[str, Any],
+        spool_directory: str,
+        debug: str = "",
+        monitoring: float = 0.0,
+    ) -> None:
+        self._process, self._options, self._arguments = process, options, (spool_directory, debug, monitoring)
 
     def living_nodes(self) -> set[str]:
         return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -20,6 +20,7 @@ from orchestrator.errors import RunExists, RunIsActive, ServiceUnavailable, User
 from orchestrator.execution.place import Tracker
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.tracking.logger import Logger
+from orchestrator.tracking.spool import WITNESS
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class _Recorded:
     def logger(self, rank: int) -> Logger:
         if rank not in self.loggers:
             ticket = self.ticket
-            self.loggers[rank] = Logger(self.spools, run=ticket.run, attempt=ticket.attempt, rank=rank)
+            self.loggers[rank] = Logger(self.spools, run=ticket.run, attempt=ticket.attempt, rank=rank, role=WITNESS)
         return self.loggers[rank]
 
 

@@ -169,6 +169,7 @@ class _Recording:
             checkpoints=checkpoints,
             config_hash=spec.config_hash,
             device=_device_in_use(),
+            perf=True,
         )
         if where.rank == 0:
             self._describe(spec, seed or 0)

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backends import open_mlflow
 from orchestrator.config.redaction import url_passwords
 from orchestrator.directory.service import DirectoryService
 from orchestrator.execution.agents import AgentWatch
 from orchestrator.execution.handles import RemoteAgents, RemoteTracker, node_agent
 from orchestrator.execution.shared_storage import read_marker
 from orchestrator.json_logs import keep_service_log
+from orchestrator.monitoring.sampler import SystemSampler
 from orchestrator.store import open_store
-from orchestrator.tracking.mirror import MirrorService
+from orchestrator.tracking.merging import MergeService
+from orchestrator.tracking.mirrors import Mirrors, Sinks
 from orchestrator.tracking.service import TrackerService
 from orchestrator.tracking.shipper import Shipper
 
@@ -43,16 +44,22 @@ class TrackerProcess(TrackerService):
         spool_directory: str,
         lease: float,
         agent_options: Mapping[str, Any],
+        monitoring: float,
+        redis_url: str,
         logs: str,
         debug: str,
         settings: str,
     ) -> None:
-        keep_service_log("tracker", [Path(logs)], secrets=url_passwords(database_url), components=debug.split(","))
+        secrets = [*url_passwords(database_url), *url_passwords(redis_url)]
+        keep_service_log("tracker", [Path(logs)], secrets=secrets, components=debug.split(","))
         self._settings = settings
         # The one before it may still be dying: Ray gives its name away earlier.
-        super().__init__(log_directory, database_url, spool_directory=spool_directory, lease=lease, log_wait=20.0)
+        super().__init__(
+            log_directory, database_url, spool_directory=spool_directory, lease=lease, log_wait=20.0,
+            redis_url=redis_url,
+        )  # fmt: skip
         self.start()
-        watch = AgentWatch(RemoteAgents(NodeProcess, agent_options, spool_directory, debug), node_agent)
+        watch = AgentWatch(RemoteAgents(NodeProcess, agent_options, spool_directory, debug, monitoring), node_agent)
         threading.Thread(target=watch.run, name="agents", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
@@ -60,45 +67,49 @@ class TrackerProcess(TrackerService):
 
 
 class MirrorProcess:
-    """What copies the record elsewhere: into the runs' directories and, if there is MLflow (`tracking_uri`), there.
+    """What copies the record elsewhere: into the runs' directories and to the `sinks` of the stack; and merges what
+    the tracker committed.
 
     Each copy has a thread of its own; their progress is in PostgreSQL, so a crash costs nothing but a moment.
     """
 
-    def __init__(
-        self, database_url: str, tracking_uri: str, dashboard: str, logs: str, debug: str, settings: str
-    ) -> None:
-        secrets = [*url_passwords(database_url), *url_passwords(tracking_uri)]
+    def __init__(self, database_url: str, sinks: Sinks, logs: str, debug: str, settings: str) -> None:
+        told = [str(value) for sink in sinks.values() for value in sink.values()]
+        secrets = [password for url in (database_url, *told) for password in url_passwords(url)]
         keep_service_log("mirror", [Path(logs)], secrets=secrets, components=debug.split(","))
         self._settings = settings
-        store = open_store(database_url)
-        self._directory = DirectoryService(store)
-        sink = open_mlflow(tracking_uri, dashboard=dashboard) if tracking_uri else None
-        self._mirror = MirrorService(store, sink) if sink else None
-        for name, service in (("directory", self._directory), ("mirror", self._mirror)):
-            if service is not None:
-                threading.Thread(target=service.run, name=name, daemon=True).start()
+        self._directory = DirectoryService(open_store(database_url))
+        threading.Thread(target=self._directory.run, name="directory", daemon=True).start()
+        self._mirrors = Mirrors(lambda: open_store(database_url), sinks)
+        self._mirrors.start()
+        self._merging = MergeService(open_store(database_url))
+        threading.Thread(target=self._merging.run, name="merging", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "settings": self._settings}
 
     def health(self) -> dict[str, Any]:
-        """Of the MLflow mirror; `directory` is that of the directories."""
-        mirror = self._mirror.health() if self._mirror is not None else {}
-        return {**mirror, "directory": self._directory.health()}
+        """By sink, the runs' directories among them; and of the merging."""
+        return {**self._mirrors.health(), "directory": self._directory.health(), "merging": self._merging.health()}
 
 
 class NodeProcess:
-    """The agent of one node: ships the node's spools. Outlives the trainers; what it has not shipped when it dies,
-    the next one does.
+    """The agent of one node: ships the node's spools and samples the machine every `monitoring` seconds (0: not).
+    Outlives the trainers; what it has not shipped when it dies, the next one does.
     """
 
-    def __init__(self, spool_directory: str, debug: str = "") -> None:
+    def __init__(self, spool_directory: str, debug: str = "", monitoring: float = 0.0) -> None:
         name = f"node-{socket.gethostname()}"
         keep_service_log(name, _node_logs(spool_directory), components=debug.split(","))
-        self._settings = {"debug": debug, "spool_directory": spool_directory}
+        self._settings = {"debug": debug, "spool_directory": spool_directory, "monitoring": monitoring}
         self._shipper = Shipper(Path(spool_directory), RemoteTracker())
         threading.Thread(target=self._shipper.run, name="shipper", daemon=True).start()
+        if monitoring:
+            # Of several agents on one machine the one that ships samples.
+            sampler = SystemSampler(
+                Path(spool_directory), interval=monitoring, is_my_turn=lambda: self._shipper.is_shipping
+            )
+            threading.Thread(target=sampler.run, name="sampler", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "is_shipping": self._shipper.is_shipping}

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from orchestrator.config import redact_text
 from orchestrator.execution.run_logs import rank_log, structured
 from orchestrator.failures.classify import Evidence, RankFailed
-from orchestrator.records import Fact, FactKind, RunTicket
+from orchestrator.records import Fact, FactKind, RunTicket, WhenFull
 
 DONE, STOPPED = "done", "stopped"
 """What a worker returns to the driver: it went to its end, or it stopped because it was asked to."""
@@ -45,8 +45,11 @@ class Plan:
     """
     secrets: tuple[str, ...] = field(default=(), repr=False)
     """What must not appear in logs and events."""
+    when_full: WhenFull = WhenFull.block
     threads: int = 1
     """CPU threads per worker."""
+    perf: bool = True
+    """Record how fast the training goes."""
     debug: tuple[str, ...] = ()
     """Components that log in detail; see json_logs.py."""
 
@@ -63,7 +66,12 @@ def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int, node:
     _enter(plan.code_paths)
     ticket = plan.ticket
     logger = Logger(
-        Path(plan.spool_directory), run=ticket.run, attempt=ticket.attempt, rank=rank, max_bytes=plan.spool_bytes
+        Path(plan.spool_directory),
+        run=ticket.run,
+        attempt=ticket.attempt,
+        rank=rank,
+        max_bytes=plan.spool_bytes,
+        when_full=plan.when_full,
     )
     try:
         with rank_log(log_path(ticket, rank), ticket, rank, secrets=plan.secrets, components=plan.debug):
@@ -102,6 +110,7 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
             seed=plan.seed,
             checkpoints=CheckpointPolicy(**plan.checkpoints),
             config_hash=plan.config_hash,
+            perf=plan.perf,
         )
         where = of_rank(rank, device=str(run.device), node=node)
         logger.fact(Fact(kind=FactKind.provenance, at=time.time(), data=where))

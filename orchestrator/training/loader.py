@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 from orchestrator.errors import UserError
+from orchestrator.training.pace import Pace
 from orchestrator.training.seeds import derive
 
 
@@ -99,6 +100,8 @@ class ShardedLoader(DataLoader[Any]):
         self._resume_at = 0
         self._has_passed = False
         self._is_active = False
+        self.pace: Callable[[ShardedLoader], Pace | None] | None = None
+        """Who takes the time of a pass that begins; None: nobody."""
         self._own: ShardedSampler | None = self._sampler_for(loader)
         self._epoch, self._passes = 0, 0
         settings: dict[str, Any] = {
@@ -172,8 +175,9 @@ class ShardedLoader(DataLoader[Any]):
     def _batches(self, batches: Iterator[Any], *, drop: int) -> Iterator[Any]:
         for _ in range(drop):
             next(batches, None)
+        pace = self.pace(self) if self.pace is not None else None
         try:
-            for batch in batches:
+            for batch in batches if pace is None else pace.timed(batches):
                 if self._own is None:
                     self._used += 1
                 else:

@@ -32,6 +32,7 @@ from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training import seeds
 from orchestrator.training.group import Group, Value
 from orchestrator.training.loader import ShardedLoader
+from orchestrator.training.pace import METRICS, Pace, peak_memory
 from orchestrator.training.recorder import Recorder
 
 
@@ -73,9 +74,11 @@ class Run:
         config_hash: str = "",
         device: torch.device | str | None = None,
         accumulation_steps: int = 1,
+        perf: bool = False,
         clock: Clock | None = None,
     ) -> None:
-        """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one."""
+        """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `perf`
+        records how fast it goes; see pace.py."""
         self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
         self._clock = clock or SystemClock()
         self._device = torch.device(device) if device is not None else _default_device(local_rank)
@@ -107,6 +110,8 @@ class Run:
         self._micro_batch = 0
         self._best: float | None = None
         self._saved = Moment(time=self._clock.monotonic())
+        self._pace = Pace(self._record_pace, peak_memory(self._device)) if perf else None
+        self._has_told_pace = False
         if seeds_generators:
             seeds.seed_everything(seed, rank)
 
@@ -177,8 +182,12 @@ class Run:
         """
         if step is None:
             self._step = step = self._step + 1
+            if self._pace is not None:
+                self._pace.logged()
         elif step > self._step:
             self._step = step
+            if self._pace is not None:
+                self._pace.logged()
         self._logged = True
         self._recorder.log(metrics, step)
 
@@ -195,6 +204,8 @@ class Run:
         metrics = metrics or {}
         if metrics:
             self._step += not self._logged
+            if self._pace is not None and not self._logged:
+                self._pace.logged()
             self._logged = False
             self._recorder.log(metrics, self._step)
         numbers = {key: _number(key, value) for key, value in metrics.items()}
@@ -212,6 +223,7 @@ class Run:
                 if self.is_main:
                     self.event("checkpoint-failed", str(error), level="error", reasons=list(reasons))
         if stop:
+            self._end_pace()
             raise RunStopped(self.id, self._step)
         return info
 
@@ -317,6 +329,7 @@ class Run:
     def finish(self) -> None:
         """Collective; called by the launcher after the train function returned. Saves what is newer than the last
         checkpoint."""
+        self._end_pace()
         if self._policy.best_metric and self._best is None and self._state is not None and self.is_main:
             what = f"checkpoints.best_metric is {self._policy.best_metric!r}, but run.report was never given it"
             self.event("best-metric-missing", what, level="warning")
@@ -354,7 +367,11 @@ class Run:
 
     def metric(self, name: str, *, unit: str = "", direction: str = "", reduction: str = "") -> None:
         """Says what a metric means: its unit, which `direction` is better (min, max), how ranks are reduced (mean,
-        min, max, sum, last)."""
+        min, max, sum, last).
+
+        Say it once; what is left out stays as it was said before. A key belongs to all runs: the latest declaration
+        counts for all of them, and one that contradicts an earlier one is an event of this run.
+        """
         _one_of("direction", direction, ("min", "max"))
         _one_of("reduction", reduction, ("mean", "min", "max", "sum", "last"))
         given = {"unit": unit, "direction": direction, "reduction": reduction}
@@ -429,6 +446,23 @@ class Run:
         return self.artifact(drawn.getvalue(), name)
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _pace_of(self, loader: ShardedLoader) -> Pace | None:
+        """Whether the pass that begins is one of training: an evaluation has no gradients, or is not shuffled where
+        the training is."""
+        is_training = loader.is_shuffled or not any(each.is_shuffled for each in self._loaders)
+        return self._pace if is_training and torch.is_grad_enabled() else None
+
+    def _record_pace(self, values: dict[str, float]) -> None:
+        if not self._has_told_pace:
+            self._has_told_pace = True
+            for name, meaning in METRICS.items():
+                self.metric(name, **meaning)
+        self._recorder.log(values, self._step)
+
+    def _end_pace(self) -> None:
+        if self._pace is not None:
+            self._pace.close()
 
     def _decide(self, metrics: Mapping[str, float], has_state: bool, best: bool) -> tuple[tuple[str, ...], bool, bool]:
         """Reasons to save, whether it is the best so far, whether to stop: rank 0's decision, on all ranks."""
@@ -522,6 +556,7 @@ class Run:
             loader = ShardedLoader(
                 thing, rank=self.rank, world_size=self.world_size, seed=self._seed, device=self._device, even=even
             )
+            loader.pace = self._pace_of
             self._loaders.append(loader)
             return loader
         return thing
