@@ -47,24 +47,26 @@ def start_services(stack: Stack) -> dict[str, Any]:
         "spool_directory": spools,
         "lease": 15.0,
         "agent_options": node_agents.OPTIONS.to_ray(),
+        "monitoring": stack.monitoring,
+        "redis_url": stack.redis_url,
     }
     mirror_settings = {
         "database_url": stack.database_url,
-        "tracking_uri": stack.mlflow_uri,
-        "dashboard": stack.ray_dashboard,
+        "sinks": stack.sinks(),
     }
     logging_settings = {"logs": str(home / "logs"), "debug": stack.debug}
     described = {
         "tracker": _start(tracker.start, {**tracker_settings, **logging_settings}, tracker.OPTIONS.name),
         "mirror": _start(mirrors.start, {**mirror_settings, **logging_settings}, mirrors.OPTIONS.name),
     }
-    agents = node_agents.agents(spools, stack.debug)
+    agents = node_agents.agents(spools, stack.debug, stack.monitoring)
+    wanted = {"spool_directory": spools, "debug": stack.debug, "monitoring": stack.monitoring}
     nodes = sorted(agents.living_nodes())
     started = {node_id: agents.start(node_id) for node_id in nodes}
     for node_id, agent in started.items():
         name = node_agent(node_id)
         described[name] = ray.get(agent.describe.remote(), timeout=60)
-        if (described[name]["debug"], described[name]["spool_directory"]) != (stack.debug, spools):
+        if {setting: described[name][setting] for setting in wanted} != wanted:
             ray.kill(agent, no_restart=True)
             _wait_until_gone(name, agent)
             described[name] = ray.get(agents.start(node_id).describe.remote(), timeout=60)

@@ -16,6 +16,6 @@ OPTIONS = ActorOptions(
 )
 
 
-def agents(spool_directory: str, debug: str = "") -> RemoteAgents:
+def agents(spool_directory: str, debug: str = "", monitoring: float = 0.0) -> RemoteAgents:
     """Those of this cluster, and how one is started."""
-    return RemoteAgents(NodeProcess, OPTIONS.to_ray(), spool_directory, debug)
+    return RemoteAgents(NodeProcess, OPTIONS.to_ray(), spool_directory, debug, monitoring)

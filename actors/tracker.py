@@ -26,10 +26,14 @@ def start(
     spool_directory: str,
     lease: float,
     agent_options: Mapping[str, Any],
+    monitoring: float,
+    redis_url: str,
     logs: str,
     debug: str,
     settings: str,
 ) -> Any:
     """The running tracker, started if there is none."""
     actor = ray.remote(TrackerProcess).options(**OPTIONS.to_ray())
-    return actor.remote(log_directory, database_url, spool_directory, lease, agent_options, logs, debug, settings)
+    return actor.remote(
+        log_directory, database_url, spool_directory, lease, agent_options, monitoring, redis_url, logs, debug, settings
+    )

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -73,7 +74,8 @@ def _up(arguments: argparse.Namespace) -> int:
     stack = up(arguments.home, StackSettings.parse(arguments.settings), progress)
     if arguments.json:
         found = stack_status.parts(stack)
-        print(json.dumps(stack_status.document(stack, found), indent=2))
+        copies = stack_status.sinks(stack, time.time())
+        print(json.dumps(stack_status.document(stack, found, copies), indent=2))
         return OK if stack_status.is_up(found) else FAILED
     return OK
 
@@ -103,8 +105,9 @@ def _status(arguments: argparse.Namespace) -> int:
             print(f"{arguments.home}: {why}")
         return FAILED
     found = stack_status.parts(stack)
+    copies = stack_status.sinks(stack, time.time())
     if arguments.json:
-        print(json.dumps(stack_status.document(stack, found), indent=2))
+        print(json.dumps(stack_status.document(stack, found, copies), indent=2))
     else:
         rows = [
             (part.name, part.status, part.version, "" if part.latency_ms is None else f"{part.latency_ms:.1f} ms",
@@ -112,6 +115,10 @@ def _status(arguments: argparse.Namespace) -> int:
             for part in found
         ]  # fmt: skip
         _table(("part", "status", "version", "latency", "where"), rows)
+        if copies:
+            lags = [(c.name, c.status, f"{c.points:,}", f"{c.seconds:.1f} s", f"{c.runs:,}", c.why) for c in copies]
+            print()
+            _table(("copies to", "status", "points behind", "time behind", "runs behind", "why"), lags)
     return OK if stack_status.is_up(found) else FAILED
 
 
@@ -146,7 +153,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [list(heads), *cells]) for column in range(len(heads))]
     coloured = sys.stdout.isatty()
-    colours = {"up": GREEN, "ok": GREEN, "down": RED, "problem": RED, "off": DIM}
+    colours = dict.fromkeys(("up", "ok"), GREEN) | dict.fromkeys(("off", "idle"), DIM)
+    colours |= dict.fromkeys(("down", "problem", "failing", "stopped"), RED)
     for row in [list(heads), *cells]:
         padded = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
         if coloured:

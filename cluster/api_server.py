@@ -41,13 +41,14 @@ def ask(url: str, token_path: str) -> web.Answer:
     return web.get(f"{url}/api/v{wire.VERSION}/server", token=token)
 
 
-def settings(database_url: str, host: str, debug: str) -> str:
+def settings(database_url: str, host: str, debug: str, redis_url: str = "") -> str:
     """What a server was started with; one with something else is old."""
     try:
         version = metadata.version("ray-orchestrator")
     except metadata.PackageNotFoundError:
         version = ""
-    return hashlib.sha256("\0".join([database_url, host, debug, version, wire.protocol()]).encode()).hexdigest()[:16]
+    told = [database_url, host, debug, redis_url, version, wire.protocol()]
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
 
 
 def leftovers(home: Path) -> list[psutil.Process]:

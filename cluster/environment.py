@@ -75,6 +75,11 @@ def of_api_server(home: Path | str) -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1", PART_VARIABLE: mark(home, "api")}
 
 
+def of_redis_server(home: Path | str) -> dict[str, str]:
+    """For `redis-server`, which needs nothing of ours."""
+    return {"PATH": os.defpath, "LC_ALL": "C", PART_VARIABLE: mark(home, "redis")}
+
+
 def of_client(stack: Stack) -> dict[str, str]:
     """For a subprocess that uses the stack."""
     return _without(os.environ, [PART_VARIABLE]) | stack.client_environment()

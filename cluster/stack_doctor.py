@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import mlflow_server, ports, ray_head, stack_status
+from cluster import mlflow_server, ports, ray_head, redis_server, stack_status
 from cluster.postgres import EmbeddedPostgres, binaries
 from orchestrator.backends import postgres
 from orchestrator.errors import OrchestratorError, ServiceUnavailable
@@ -48,7 +48,7 @@ def examine(home: Path) -> list[Finding]:
         stack = Stack.find(home)
     except ServiceUnavailable as error:
         first.append(Finding(check="stack.json", is_ok=False, says=error.why, mend=error.hint))
-    checks: list[Check] = [_home, _disk, _memory, _torch, _postgres, _clock, _mlflow, _api, _ray, _redis]
+    checks: list[Check] = [_home, _disk, _memory, _torch, _postgres, _clock, _mlflow, _api, _ray, _redis, _port]
     with ThreadPoolExecutor(max_workers=4) as pool:
         return first + [
             finding for found in pool.map(lambda check: _examined(check, home, stack), checks) for finding in found
@@ -216,6 +216,22 @@ def _token(check: str, token: Path, renew: str) -> Finding:
 
 
 def _redis(home: Path, stack: Stack | None) -> Iterator[Finding]:
+    """Nothing needs it, so that none is no fault; one that does not answer is."""
+    if not stack:
+        return
+    external = "redis.url" in stack.external
+    if not stack.redis_url:
+        there = redis_server.program()
+        yield Finding(check="Redis", is_ok=True, says=f"off{'' if there else ', and no redis-server here'}")
+        return
+    log = "" if external else f"   # its log: {home}/logs/redis.log"
+    for part in stack_status.redis(stack):
+        yield _of_part("Redis", part, _orc("up", home) + log)
+    if not external:
+        yield _token("Redis' password", home / "redis" / "password", _orc("down", home) + " && " + _orc("up", home))
+
+
+def _port(home: Path, stack: Stack | None) -> Iterator[Finding]:
     """Ray's port is Redis' default port: a Redis there looks like a Ray head to many tools, and the other way round."""
     port = ray_head.PREFERRED_PORT
     if not ports.answers(port, timeout=1):

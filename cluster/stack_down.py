@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from cluster import api_server, mlflow_server, processes, ray_head
+from cluster import api_server, mlflow_server, processes, ray_head, redis_server
 from cluster.postgres import EmbeddedPostgres
 from cluster.progress import Progress
 from cluster.stack_up import locked
@@ -26,7 +26,8 @@ def down(home: Path, progress: Progress) -> list[str]:
             ran = [pool.submit(_stop, name, stop, home, progress) for name, stop in parts]
             stopped += [name for name in (future.result() for future in ran) if name]
         # Last, because they write into it to the end.
-        stopped += filter(None, [_stop("PostgreSQL", _postgres, home, progress)])
+        last = (("Redis", redis_server.stop), ("PostgreSQL", _postgres))
+        stopped += filter(None, [_stop(name, stop, home, progress) for name, stop in last])
         stack = Stack.find(home)
         if stack:
             replace(stack, services={}).save()

@@ -1,4 +1,4 @@
-"""`status`: each part of a stack, up or why not."""
+"""`status`: each part of a stack, up or why not; and how far each copy of the record is behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 
 from cluster import api_server, ports, ray_head, web
 from orchestrator.backends import postgres
+from orchestrator.backends import redis as redis_backend
 from orchestrator.config import redact_url
-from orchestrator.errors import SchemaMismatch, ServiceUnavailable
+from orchestrator.errors import SchemaMismatch, ServiceUnavailable, UserError
 from orchestrator.stack import Stack
-from orchestrator.store import migrate
+from orchestrator.store import migrate, open_store
+from orchestrator.store.views import SinkLag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +33,63 @@ class Part:
     why: str = ""
 
 
+SILENT = 180.0
+"""Seconds after which a sink that said nothing is not running; it says at least every minute that it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sink:
+    """How far a copy of the record (MLflow, TensorBoard, the runs' directories) is behind; see `store/lags.py`."""
+
+    name: str
+    status: str
+    """up; failing (it is left alone for a while and catches up later); stopped (nobody copies, and there is something
+    to copy); idle (nobody copies, and there is nothing); not started (it never ran)."""
+    points: int = 0
+    seconds: float = 0.0
+    runs: int = 0
+    why: str = ""
+
+
+def sinks(stack: Stack, now: float) -> list[Sink]:
+    """Asked of the database alone, so it can be told of processes that are dead, too. Empty when that is down."""
+    if not stack.database_url:
+        return []
+    store = open_store(stack.database_url)
+    try:
+        lags = {lag.sink: lag for lag in store.sink_lags()}
+    except UserError:  # `parts` tells why
+        return []
+    finally:
+        store.close()
+    names = [*stack.sinks(), "directory"]
+    return [sink(lags[name], now) if name in lags else Sink(name=name, status="not started") for name in names]
+
+
+def sink(lag: SinkLag, now: float) -> Sink:
+    status = "up" if lag.state in ("closed", "") else "failing"
+    if now - lag.updated > SILENT:
+        status = "stopped" if lag.runs else "idle"
+    return Sink(
+        name=lag.sink, status=status, points=lag.points, seconds=lag.seconds, runs=lag.runs, why=redact_url(lag.error)
+    )
+
+
 def parts(stack: Stack) -> list[Part]:
     """All parts, asked at the same time."""
-    asked: list[Callable[[Stack], list[Part]]] = [database, mlflow, api, ray]
+    asked: list[Callable[[Stack], list[Part]]] = [database, redis, mlflow, api, ray]
     with ThreadPoolExecutor(max_workers=len(asked)) as pool:
         return [part for answer in pool.map(lambda ask: ask(stack), asked) for part in answer]
 
 
-def document(stack: Stack, found: list[Part]) -> dict[str, Any]:
+def document(stack: Stack, found: list[Part], copies: list[Sink]) -> dict[str, Any]:
     """What `status --json` prints."""
     return {
         "home": stack.home,
         "up": is_up(found),
         "storage": redact_url(stack.storage_url),
         "parts": [asdict(part) for part in found],
+        "sinks": [asdict(one) for one in copies],
     }
 
 
@@ -136,6 +181,18 @@ def _sqlite(uri: str, shown: str) -> Part:
     return Part(
         name="mlflow", status="up", version=f"schema {row[0]}" if row else "", address=shown, latency_ms=latency_ms
     )
+
+
+def redis(stack: Stack) -> list[Part]:
+    if not stack.redis_url:
+        return [Part(name="redis", status="off", why="Switched off, or not installed: watchers ask the database.")]
+    where = redis_backend.address(stack.redis_url)
+    try:
+        version, latency_ms = redis_backend.probe(stack.redis_url)
+    except ServiceUnavailable as error:
+        why = f"{error.why} Watchers ask the database meanwhile. Run `orc up`."
+        return [Part(name="redis", status="down", address=where, why=why)]
+    return [Part(name="redis", status="up", version=version, address=where, latency_ms=round(latency_ms, 2))]
 
 
 def api(stack: Stack) -> list[Part]:

