@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.catalog import open_catalog as open_catalog
+    from orchestrator.catalog.metrics import metrics as metrics
     from orchestrator.errors import OrchestratorError as OrchestratorError
     from orchestrator.errors import UserError as UserError
     from orchestrator.execution.script import start_run as start_run
@@ -30,6 +31,7 @@ _HOMES = {
     "TrainCallback": "orchestrator.execution.script_callbacks",
     "TuneCallback": "orchestrator.execution.script_callbacks",
     "UserError": "orchestrator.errors",
+    "metrics": "orchestrator.catalog.metrics",
     "open_catalog": "orchestrator.catalog",
     "start_run": "orchestrator.execution.script",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "TrainCallback",
     "TuneCallback",
     "UserError",
+    "metrics",
     "open_catalog",
     "start_run",
 ]

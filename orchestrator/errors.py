@@ -52,9 +52,12 @@ class SchemaMismatch(UserError):
                 f"The database has schema {self.found}, which this version does not know (it has {self.expected}). "
                 "It was written by a newer version: upgrade this installation."
             )
-        return (
-            f"The database has schema {self.found or 'none'}, this version needs {self.expected}. Run `orc db upgrade`."
-        )
+        if not self.found:
+            return (
+                f"The database has no tables yet, or not those that this version needs ({self.expected}). "
+                "Run `orc db upgrade`; where that was done, restart what still runs the older version."
+            )
+        return f"The database has schema {self.found}, this version needs {self.expected}. Run `orc db upgrade`."
 
 
 class NotFound(UserError):

@@ -27,10 +27,22 @@ PROTOCOL = 1
 """Version of every message and file format below. A reader refuses what it does not know."""
 
 POINT = np.dtype([("key", "<u4"), ("flags", "<u4"), ("step", "<i8"), ("time", "<f8"), ("value", "<f8")])
-"""One metric point: index into the producer's key table, flags (0 so far), step, seconds since 1970, value. 32 bytes.
-"""
+"""One metric point: index into the producer's key table, flags, step, seconds since 1970, value. 32 bytes."""
+
+LOST = 1
+"""A flag: this record could not be read any more (a damaged disk). It keeps its number, so that what follows can be
+accepted; it is committed as a counted loss (`producers.lost`), never as a point."""
 
 MAX_KEY_BYTES = 512
+
+
+class WhenFull(StrEnum):
+    """What `log` does when the spool has no room left."""
+
+    block = "block"
+    """It waits until there is room."""
+    gap = "gap"
+    """It drops the point; how many were dropped is recorded as an event."""
 
 
 class Stream(IntEnum):

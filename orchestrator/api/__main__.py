@@ -27,10 +27,10 @@ def main() -> None:
     keep_service_log(
         "api",
         [arguments.home / "logs"],
-        secrets=url_passwords(stack.database_url),
+        secrets=[*url_passwords(stack.database_url), *url_passwords(stack.redis_url)],
         components={"api"} & set(stack.debug.split(",")),
     )
-    app = application(arguments.home, stack.database_url, version())
+    app = application(arguments.home, stack.database_url, version(), stack.redis_url)
     logger.info("serving", extra={"address": f"{arguments.host}:{arguments.port}", "version": version()})
     uvicorn.run(
         app, host=arguments.host, port=arguments.port,

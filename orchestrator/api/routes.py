@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -25,8 +26,10 @@ from orchestrator.api.tokens import Tokens
 from orchestrator.catalog import wire
 from orchestrator.catalog.database import DatabaseCatalog
 from orchestrator.catalog.logs import MOST as MOST_LOG_BYTES
+from orchestrator.catalog.questions import LONGEST_WAIT
 from orchestrator.config import redact_url
 from orchestrator.errors import UserError
+from orchestrator.live_records import run_document
 from orchestrator.status import RunStatus
 from orchestrator.store.store import Store
 
@@ -39,6 +42,8 @@ CONNECTIONS = 3
 """To the database, kept open."""
 PATIENCE = 20.0
 """Seconds that a reader may take to accept a piece of a stream, which holds one of the connections meanwhile."""
+WATCHERS = 16
+"""That may wait for changes at the same time, each in a thread; further ones are answered at once."""
 LARGEST = 2**63 - 1
 """Of a row's id, of an offset in a file."""
 SCHEMA_IS_FRESH = 10.0
@@ -57,9 +62,9 @@ class BadQuestion(UserError):
         return f"{self.parameter}={self.value}: {self.why}"
 
 
-def application(home: Path, database_url: str, version: str) -> Starlette:
+def application(home: Path, database_url: str, version: str, redis_url: str = "") -> Starlette:
     """The server of the stack in `home`; connects to the database when first asked."""
-    questions = Questions(database_url, version)
+    questions = Questions(database_url, version, redis_url)
     run = "/runs/{run}"
     routes = {
         "/health": questions.health,
@@ -72,6 +77,10 @@ def application(home: Path, database_url: str, version: str) -> Starlette:
         **{f"{run}/{what}": questions.of_run(what) for what in OF_RUN},
         f"{run}/events": questions.events,
         f"{run}/points": questions.points,
+        f"{run}/points_of": questions.points_of,
+        f"{run}/curve": questions.curve,
+        f"{run}/live": questions.live,
+        "/sink_lags": questions.sink_lags,
         f"{run}/logs": questions.logs,
         f"{run}/logs/{{attempt:int}}": questions.log_sources,
         f"{run}/logs/{{attempt:int}}/{{source}}": questions.log,
@@ -114,9 +123,10 @@ OF_RUN = ("attempts", "params", "notes", "checkpoints", "artifacts")
 class Questions:
     """The endpoints. They run in threads, because the store waits for the database."""
 
-    def __init__(self, database_url: str, version: str) -> None:
+    def __init__(self, database_url: str, version: str, redis_url: str = "") -> None:
         self._store = Store(database_url, pool_size=CONNECTIONS, read_only=True)
-        self._catalog = DatabaseCatalog(self._store)
+        self._catalog = DatabaseCatalog(self._store, redis_url)
+        self._waiting = threading.BoundedSemaphore(WATCHERS)
         self._version = version
         self._schema_is_right_until = 0.0
 
@@ -172,7 +182,43 @@ class Questions:
             rank=_number(request, "rank", None),
             attempt=_number(request, "attempt", None),
         )
-        return Stream(wire.blocks(pieces))
+        return Stream(wire.blocks(pieces), wire.ARROW)
+
+    def points_of(self, request: Request) -> Response:
+        keys = request.query_params.getlist("key")
+        if not 0 < len(keys) <= wire.IDS_AT_ONCE:
+            raise BadQuestion("key", f"{len(keys)} times", f"from 1 to {wire.IDS_AT_ONCE} at once.")
+        found = self._asked().points_of(request.path_params["run"], keys)
+        answer = wire.points_of_to_bytes([found[key] for key in keys])
+        return Response(answer, media_type=wire.ARROW, headers=HEADERS)
+
+    def curve(self, request: Request) -> Response:
+        curve = self._asked().curve(
+            request.path_params["run"],
+            request.query_params.get("key", ""),
+            rank=_number(request, "rank", 0),
+            attempt=_number(request, "attempt", None),
+            start=_step(request, "start"),
+            stop=_step(request, "stop"),
+            most=max(1, _number(request, "most", 2000, most=wire.WINDOWS_AT_ONCE)),
+        )
+        return Response(wire.curve_to_bytes(curve), media_type=wire.ARROW, headers=HEADERS)
+
+    def live(self, request: Request) -> Response:
+        wait = _number(request, "wait_ms", 0, most=int(LONGEST_WAIT * 1000)) / 1000
+        may_wait = wait > 0 and self._waiting.acquire(blocking=False)
+        try:
+            found = self._asked().live(
+                request.path_params["run"], after=request.query_params.get("after", ""), wait=wait if may_wait else 0.0,
+                redis=bool(_number(request, "redis", 1)),
+            )  # fmt: skip
+        finally:
+            if may_wait:
+                self._waiting.release()
+        return Json(run_document(found))
+
+    def sink_lags(self, request: Request) -> Response:
+        return _rows(self._asked().sink_lags(request.query_params.get("run")))
 
     def logs(self, request: Request) -> Response:
         logs = self._asked().logs(request.path_params["run"])
@@ -208,6 +254,16 @@ def _number(request: Request, name: str, default: Any, *, most: int = 2**31 - 1)
         raise BadQuestion(name, given, "a number from 0 up is meant.")
     if int(given) > most:
         raise BadQuestion(name, given, f"at most {most} at once.")
+    return int(given)
+
+
+def _step(request: Request, name: str) -> int | None:
+    given = request.query_params.get(name)
+    if given is None:
+        return None
+    digits = given.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 20 and abs(int(given)) <= LARGEST):
+        raise BadQuestion(name, given, "a step is meant, a number of 64 bits.")
     return int(given)
 
 
@@ -250,10 +306,10 @@ class Stream(StreamingResponse):
     """Bytes as they come. What makes them is closed at the end, also when the reader left before it or stopped reading
     for `PATIENCE`: the answer then ends without its last block."""
 
-    def __init__(self, pieces: Generator[bytes]) -> None:
+    def __init__(self, pieces: Generator[bytes], media_type: str) -> None:
         self._pieces = pieces
         first = next(pieces)  # what goes wrong at once shall be an answer of its own
-        super().__init__(itertools.chain([first], pieces), media_type="application/octet-stream", headers=HEADERS)
+        super().__init__(itertools.chain([first], pieces), media_type=media_type, headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def patiently(message: Message) -> None:

@@ -7,13 +7,15 @@ start fast, so numpy, the database driver and pyarrow are loaded by whoever need
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.catalog.address import token_from, told_url
 from orchestrator.catalog.questions import LAST, Catalog, LogFiles
-from orchestrator.stack import Stack
+from orchestrator.stack import Stack, default_home
 
 if TYPE_CHECKING:
     from orchestrator.store.store import Store
@@ -22,14 +24,23 @@ __all__ = ["LAST", "Catalog", "LogFiles", "open_catalog", "open_store"]
 
 
 @contextmanager
-def open_catalog(home: Path) -> Iterator[Catalog]:
-    """The catalog of the stack whose data directory is `home`. Raises ServiceUnavailable or SchemaMismatch.
+def open_catalog(home: Path | None = None, *, api: str = "") -> Iterator[Catalog]:
+    """The catalog of the API server at `api`, else of the stack whose data directory is `home`, else of the server in
+    ORC_API_URL, else of the stack in ORC_HOME or ~/.orc. Raises ServiceUnavailable or SchemaMismatch.
 
-    Its API server is asked if it lives, because a process that need not import a database driver answers in a fifth of
-    the time; else the database itself.
+    A stack's own API server is asked if it lives, because a process that need not import a database driver answers in a
+    fifth of the time; else the database itself.
     """
     from orchestrator.catalog import remote
 
+    url = told_url(api, home)
+    if url:
+        token, found_in = token_from(os.environ, url)
+        with closing(remote.HttpCatalog(url, token, token_from=found_in)) as told:
+            told.check()
+            yield told
+        return
+    home = home or default_home()
     server = remote.living_server(Stack.load(home))
     if server is not None:
         with closing(server):
@@ -38,7 +49,7 @@ def open_catalog(home: Path) -> Iterator[Catalog]:
     from orchestrator.catalog.database import DatabaseCatalog
 
     with open_store(home) as store:
-        yield DatabaseCatalog(store)
+        yield DatabaseCatalog(store, Stack.load(home).redis_url)
 
 
 @contextmanager

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 
-from orchestrator.catalog.headline import FIRST_WORDS
+from orchestrator.catalog.headline import AUTOMATIC, FIRST_WORDS
+from orchestrator.catalog.live import LiveAnswers
 from orchestrator.catalog.logs import StoredLogs
-from orchestrator.catalog.questions import LAST
+from orchestrator.catalog.questions import LAST, LONGEST_WAIT
 from orchestrator.errors import NotFound
+from orchestrator.live_records import LiveRun
 from orchestrator.status import RunStatus
 from orchestrator.store.store import Store
 from orchestrator.store.views import (
     ArtifactRow,
     AttemptRow,
     CheckpointRow,
+    Curve,
     EventRow,
     ExperimentRow,
     NoteRow,
@@ -22,6 +25,7 @@ from orchestrator.store.views import (
     Points,
     RunDetail,
     RunRow,
+    SinkLag,
     SummaryRow,
 )
 
@@ -29,8 +33,9 @@ from orchestrator.store.views import (
 class DatabaseCatalog:
     """A Catalog over a `Store`. As safe to share between threads as the store is."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, redis_url: str = "") -> None:
         self._store = store
+        self._live = LiveAnswers(store, redis_url)
 
     def experiments(self) -> list[ExperimentRow]:
         return self._store.experiments()
@@ -84,10 +89,37 @@ class DatabaseCatalog:
         return self._store.summaries_of(runs) if runs else []
 
     def main_metrics(self, *runs: str) -> dict[str, SummaryRow]:
-        return {row.run: row for row in self._store.first_summaries(runs, groups=FIRST_WORDS)}
+        return {row.run: row for row in self._store.first_summaries(runs, groups=FIRST_WORDS, without=AUTOMATIC)}
 
     def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
         return self._store.points(run, key, rank=rank, attempt=attempt)
+
+    def points_of(self, run: str, keys: Sequence[str]) -> dict[str, Points]:
+        return self._store.points_of(run, keys)
+
+    def point_blocks(
+        self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None
+    ) -> Generator[Points]:
+        return self._store.point_blocks(run, key, rank=rank, attempt=attempt)
+
+    def curve(
+        self,
+        run: str,
+        key: str,
+        *,
+        rank: int = 0,
+        attempt: int | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        most: int = 2000,
+    ) -> Curve:
+        return self._store.curve(run, key, rank=rank, attempt=attempt, start=start, stop=stop, most=most)
+
+    def live(self, run: str, *, after: str = "", wait: float = 0.0, redis: bool = True) -> LiveRun:
+        return self._live.of(run, after, min(wait, LONGEST_WAIT), redis=redis)
+
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        return self._store.sink_lags(run)
 
     def logs(self, run: str) -> StoredLogs:
         return StoredLogs(self._store.run(run).directory)

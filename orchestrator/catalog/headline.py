@@ -7,10 +7,17 @@ from collections.abc import Iterable, Mapping
 FIRST_WORDS = (("val", "valid", "validation", "test", "eval"), ("train",))
 """What keys begin with, before the first `/`: those of the first group tell more than those of the second."""
 
+AUTOMATIC = ("perf", "system")
+"""First words of what is recorded without being asked: how fast a run went and what its machines did, not how well."""
+
+
+def is_automatic(key: str) -> bool:
+    return key.split("/")[0] in AUTOMATIC
+
 
 def by_weight(keys: Iterable[str]) -> list[str]:
-    """What is validated or tested before what is trained, the rest by name."""
-    return sorted(keys, key=_weight)
+    """What is validated or tested before what is trained, then the rest by name; what is automatic comes last."""
+    return sorted(keys, key=lambda key: (is_automatic(key), *_weight(key)))
 
 
 def _weight(key: str) -> tuple[int, str]:
@@ -19,10 +26,11 @@ def _weight(key: str) -> tuple[int, str]:
 
 
 def main_key(directions: Mapping[str, str]) -> str | None:
-    """One with a declared direction if there is any, validation before training.
+    """One with a declared direction if there is any, validation before training; never an automatic one.
 
     `directions` gives min, max or empty for each key.
     Example: main_key({"train/loss": "", "val/loss": "min"}) == "val/loss".
     """
-    declared = [key for key, direction in directions.items() if direction]
-    return next(iter(by_weight(declared or directions)), None)
+    keys = [key for key in directions if not is_automatic(key)]
+    declared = [key for key in keys if directions[key]]
+    return next(iter(by_weight(declared or keys)), None)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from orchestrator.live_records import LiveRun
     from orchestrator.status import RunStatus
     from orchestrator.store.views import (
         ArtifactRow,
         AttemptRow,
         CheckpointRow,
+        Curve,
         EventRow,
         ExperimentRow,
         NoteRow,
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
         Points,
         RunDetail,
         RunRow,
+        SinkLag,
         SummaryRow,
     )
 
+LONGEST_WAIT = 5.0
 LAST = "last"
 """Instead of a run's id or name: the newest run."""
 
@@ -89,6 +93,43 @@ class Catalog(Protocol):
 
     def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
         """Exactly as logged; empty when there are none. Raises NotFound for the run."""
+        ...
+
+    def points_of(self, run: str, keys: Sequence[str]) -> dict[str, Points]:
+        """The same for many short metrics at once, of all ranks and attempts."""
+        ...
+
+    def point_blocks(
+        self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None
+    ) -> Generator[Points]:
+        """The same, piece by piece, with bounded memory. Ask nothing else before it is exhausted or closed."""
+        ...
+
+    def curve(
+        self,
+        run: str,
+        key: str,
+        *,
+        rank: int = 0,
+        attempt: int | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        most: int = 2000,
+    ) -> Curve:
+        """For a chart: one rank and attempt (None: the newest that has the key) in at most `most` windows, from step
+        `start` to `stop`; see `Store.curve`. Reads a few thousand points, however long the curve is."""
+        ...
+
+    def live(self, run: str, *, after: str = "", wait: float = 0.0, redis: bool = True) -> LiveRun:
+        """The newest values of a run, also while it is going on; what is committed once Redis knows nothing of it.
+
+        With the `cursor` of an earlier answer as `after`: at least what changed since, waiting for it at most `wait`
+        seconds (and at most `LONGEST_WAIT`). Without `redis` the database is asked. Raises NotFound for the run.
+        """
+        ...
+
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        """How far each sink is behind what is committed; `run`: of that one alone."""
         ...
 
     def logs(self, run: str) -> LogFiles:

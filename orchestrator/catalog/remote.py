@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
+from orchestrator import live_records
 from orchestrator.catalog import wire
 from orchestrator.catalog.logs import path as log_path
+from orchestrator.catalog.questions import LONGEST_WAIT
 from orchestrator.errors import ServiceUnavailable, UserError
+from orchestrator.live_records import LiveRun
 from orchestrator.status import RunStatus
 from orchestrator.store.views import (
     ArtifactRow,
@@ -25,12 +30,13 @@ from orchestrator.store.views import (
     ParamRow,
     RunDetail,
     RunRow,
+    SinkLag,
     SummaryRow,
 )
 
 if TYPE_CHECKING:
     from orchestrator.stack import Stack
-    from orchestrator.store.views import Points
+    from orchestrator.store.views import Curve, Points
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -63,7 +69,8 @@ class HttpCatalog:
         self._lock = threading.Lock()
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         try:
-            self._connection = kind(parts.hostname, parts.port, timeout=timeout)
+            self._fresh = functools.partial(kind, parts.hostname, parts.port, timeout=timeout)
+            self._connection = self._fresh()
         except ValueError as error:
             raise UserError(f"{url} is no address of an API server: {error}.") from None
 
@@ -149,8 +156,51 @@ class HttpCatalog:
         return {row.run: row for ids in _pieces(runs) for row in self._rows(SummaryRow, "main_metrics", *ids)}
 
     def points(self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None) -> Points:
+        from orchestrator.catalog.curves import joined
+
+        return joined(self.point_blocks(run, key, rank=rank, attempt=attempt))
+
+    def points_of(self, run: str, keys: Sequence[str]) -> dict[str, Points]:
+        found: dict[str, Points] = {}
+        for asked in _in_urls(keys):
+            answer = self.content(_of(run, "points_of"), *(("key", key) for key in asked))
+            with self._whole_answers():
+                found |= zip(asked, wire.points_of_from(answer, len(asked)), strict=True)
+        return found
+
+    def point_blocks(
+        self, run: str, key: str, *, rank: int | None = None, attempt: int | None = None
+    ) -> Generator[Points]:
+        """On a connection of its own: a long answer keeps no other question waiting."""
         asked = (("key", key), ("rank", rank), ("attempt", attempt))
-        return self._answer(_of(run, "points"), *asked, reading=lambda response: wire.points_from(response.read))
+        with closing(self._fresh()) as connection, self._whole_answers():
+            yield from wire.points_from(self._get(connection, _of(run, "points"), *asked))
+
+    def curve(
+        self,
+        run: str,
+        key: str,
+        *,
+        rank: int = 0,
+        attempt: int | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        most: int = 2000,
+    ) -> Curve:
+        asked = (("key", key), ("rank", rank), ("attempt", attempt), ("start", start), ("stop", stop), ("most", most))
+        answer = self.content(_of(run, "curve"), *asked)
+        with self._whole_answers():
+            return wire.curve_from(answer)
+
+    def live(self, run: str, *, after: str = "", wait: float = 0.0, redis: bool = True) -> LiveRun:
+        asked = (("after", after or None), ("wait_ms", int(min(wait, LONGEST_WAIT) * 1000)), ("redis", int(redis)))
+        found = live_records.run_from(self.json(_of(run, "live"), *asked))
+        if found is None:
+            raise self._no_server_of_ours("its answer is no live run")
+        return found
+
+    def sink_lags(self, run: str | None = None) -> list[SinkLag]:
+        return self._rows(SinkLag, "sink_lags", ("run", run))
 
     def logs(self, run: str) -> HttpLogs:
         return HttpLogs(self, run)
@@ -176,17 +226,27 @@ class HttpCatalog:
         self, path: str, *query: tuple[str, Any], reading: Callable[[http.client.HTTPResponse], Answer]
     ) -> Answer:
         with self._lock:
-            response = self._get(path, *query)
+            response = self._get(self._connection, path, *query)
             try:
-                return reading(response)
-            except (EOFError, ValueError, OSError, http.client.HTTPException) as error:
+                with self._whole_answers():
+                    return reading(response)
+            except ServiceUnavailable:
                 self.close()
-                raise self._unavailable(f"its answer broke off ({_reason(error)}).", "Try again.") from error
+                raise
 
-    def _get(self, path: str, *query: tuple[str, Any]) -> http.client.HTTPResponse:
+    @contextmanager
+    def _whole_answers(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ValueError, OSError, http.client.HTTPException) as error:
+            raise self._unavailable(f"its answer broke off ({_reason(error)}).", "Try again.") from error
+
+    def _get(
+        self, connection: http.client.HTTPConnection, path: str, *query: tuple[str, Any]
+    ) -> http.client.HTTPResponse:
         """An answer whose body is still to be read. Raises what the server says, as what it is."""
         asked = urlencode([(name, value) for name, value in query if value is not None])
-        response = self._asked(f"{self._base}/{path}" + (f"?{asked}" if asked else ""))
+        response = self._asked(connection, f"{self._base}/{path}" + (f"?{asked}" if asked else ""))
         if response.status == 200:
             return response
         body = response.read()
@@ -202,15 +262,15 @@ class HttpCatalog:
             error = None
         raise error or self._no_server_of_ours(f"it says HTTP {response.status}")
 
-    def _asked(self, target: str) -> http.client.HTTPResponse:
+    def _asked(self, connection: http.client.HTTPConnection, target: str) -> http.client.HTTPResponse:
         headers = {"Authorization": f"Bearer {self._token}", "Accept-Encoding": "identity"}
         for is_last in (False, True):
-            fresh = self._connection.sock is None
+            fresh = connection.sock is None
             try:
-                self._connection.request("GET", target, headers=headers)
-                return self._connection.getresponse()
+                connection.request("GET", target, headers=headers)
+                return connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
-                self.close()
+                connection.close()
                 # A server may close a connection that was idle, at the moment in which it is used again.
                 if fresh or is_last or isinstance(error, TimeoutError):
                     raise self._unavailable(
@@ -282,6 +342,21 @@ def _of(run: str, what: str) -> str:
 
 def _pieces(runs: tuple[str, ...]) -> Iterable[list[tuple[str, str]]]:
     return ([("run", run) for run in runs[at : at + wire.IDS_AT_ONCE]] for at in range(0, len(runs), wire.IDS_AT_ONCE))
+
+
+def _in_urls(keys: Sequence[str]) -> Iterator[list[str]]:
+    """As many keys at once as one URL may have."""
+    asked: list[str] = []
+    size = 0
+    for key in keys:
+        more = len(quote(key, safe="")) + len("&key=")
+        if asked and (size + more > wire.KEYS_BYTES or len(asked) == wire.IDS_AT_ONCE):
+            yield asked
+            asked, size = [], 0
+        asked.append(key)
+        size += more
+    if asked:
+        yield asked
 
 
 def _from(where: str) -> str:

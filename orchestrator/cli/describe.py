@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.catalog.headline import main_key
+from orchestrator.catalog.headline import is_automatic, main_key
 from orchestrator.cli import text
 from orchestrator.failures.explain import five_lines
 from orchestrator.provenance.summary import code_line, fingerprint_line
@@ -158,11 +158,7 @@ class Story:
                 title="params",
             )
         if self.summaries:
-            output.line()
-            shown = lowest_ranks(self.summaries)
-            output.table(SUMMARY_COLUMNS, [summary_cells(row) for row in shown], right=range(1, 8), title="metrics")
-            if len(shown) < len(self.summaries):
-                output.line(f"  `orc metrics {self.run.name}` shows the other ranks")
+            self._metrics(output)
         if self.attempts:
             output.line()
             output.table(
@@ -189,6 +185,37 @@ class Story:
         if self.events:
             output.line()
             output.table(("age", "level", "kind", "message"), [_event(row, now) for row in self.events], title="events")
+
+    def _metrics(self, output: Output) -> None:
+        rows = lowest_ranks(self.summaries)
+        said = [row for row in rows if not is_automatic(row.key)]
+        measured = [row for row in rows if is_shown_measurement(row.key)]
+        if said:
+            output.line()
+            output.table(SUMMARY_COLUMNS, [summary_cells(row) for row in said], right=range(1, 8), title="metrics")
+        if measured:
+            output.line()
+            cells = [measurement_cells(row) for row in measured]
+            output.table(MEASUREMENT_COLUMNS, cells, right=range(1, 5), title="speed and machine")
+        if len(said) + len(measured) < len(self.summaries):
+            output.line(f"  `orc metrics {self.run.name}` shows the other ranks and all that was measured")
+
+
+MEASUREMENT_COLUMNS = ("key", "last", "mean", "min", "max")
+_OF_SYSTEM = ("cpu_percent", "memory_percent", "rss_bytes", "utilization_percent")
+
+
+def is_shown_measurement(key: str) -> bool:
+    """Of what is recorded without being asked: all about the run's speed, a little about its machine."""
+    return is_automatic(key) and (not key.startswith("system/") or key.split("/")[-1] in _OF_SYSTEM)
+
+
+def measurement_cells(row: SummaryRow) -> tuple[str, ...]:
+    is_size = row.unit == "bytes"
+    unit = f" [{row.unit}]" if row.unit and not is_size else ""
+    numbers = (row.last, row.mean, row.minimum, row.maximum)
+    shown = (text.size(n) if is_size else text.number(n) for n in numbers)
+    return (row.key + unit, *shown)
 
 
 SUMMARY_COLUMNS = ("key", "rank", "last", "step", "min", "max", "best", "points")

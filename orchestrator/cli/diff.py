@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator import config
 from orchestrator.backends.storage import Storage
 from orchestrator.catalog import Catalog
+from orchestrator.catalog.headline import is_automatic
 from orchestrator.cli import describe, text
 from orchestrator.cli.access import asked_catalog
 from orchestrator.cli.output import Output
@@ -85,7 +86,7 @@ def side(catalog: Catalog, reference: str) -> Side:
         there = ", ".join(map(str, attempts)) or "none"
         raise UserError(f"Run {run.name} has no attempt {chosen}. There are: {there}.")
     newest = max(attempts, default=0)
-    rows = describe.lowest_ranks(catalog.summaries(run.run))
+    rows = [row for row in describe.lowest_ranks(catalog.summaries(run.run)) if not is_automatic(row.key)]
     if chosen in (0, newest):
         # Of an attempt that was asked for, nothing that an earlier one said.
         metrics = {row.key: row.last for row in rows if not chosen or row.last_attempt == newest}

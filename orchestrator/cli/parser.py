@@ -152,6 +152,21 @@ def _show(parser: argparse.ArgumentParser) -> None:
     _api(parser)
 
 
+def _watch(parser: argparse.ArgumentParser) -> None:
+    _run_reference(parser)
+    parser.add_argument(
+        "--keys", metavar="KEY", nargs="+", help="only these; patterns as in a shell: 'val/*' 'system/*'"
+    )
+    parser.add_argument("--rank", metavar="N|all", default="", help="one rank, or all (default: each key's lowest)")
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=_seconds,
+        help="least time between two looks (default: 0.25 on a terminal, 2 for lines, 0 with --json)",
+    )  # fmt: skip
+    parser.add_argument("--once", action="store_true", help="how it stands now, and end")
+    parser.add_argument("--no-redis", action="store_true", help="ask the database, every half second")
+    _api(parser)
+
+
 def _cancel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN)
 
@@ -195,11 +210,29 @@ def _import(parser: argparse.ArgumentParser) -> None:
 def _metrics(parser: argparse.ArgumentParser) -> None:
     _run_reference(parser)
     parser.add_argument(
-        "keys", metavar="KEY", nargs="*", help="print the points of these keys (default: a summary of all keys)"
-    )
-    parser.add_argument("--rank", metavar="N", type=_natural, help="only this rank")
-    parser.add_argument("--attempt", metavar="N", type=_positive, help="only this attempt")
-    parser.add_argument("--csv", action="store_true", help="comma-separated values")
+        "keys", metavar="KEY", nargs="*",
+        help="give the points of these keys, of many with * and ? in quotes (default: a summary of each key)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", "-f", choices=("table", "json", "jsonl", "csv", "parquet"),
+        help="default: what the ending of --output says, else a table, which shows long curves in windows",
+    )  # fmt: skip
+    parser.add_argument("--output", "-o", metavar="FILE", default="", help="write to a file, which must not exist yet")
+    parser.add_argument(
+        "--rank", metavar="R|all", type=_natural_or_all,
+        help="one rank, or each (default: reduced over ranks as declared, else the lowest rank)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reduce", metavar="HOW", default="",
+        help="over ranks: mean, min, max, sum, last, p95, or skew, which is (max - min) / |mean|",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attempt", metavar="N|all", type=_natural_or_all,
+        help="one attempt, or all (default: the newest from where it went on, earlier ones before)",
+    )  # fmt: skip
+    parser.add_argument("--every", metavar="N", type=_positive, default=1, help="only each N-th point of a curve")
+    parser.add_argument("--from", dest="start", metavar="STEP", type=int, help="from this step on")
+    parser.add_argument("--to", dest="stop", metavar="STEP", type=int, help="up to this step")
     _api(parser)
 
 
@@ -208,6 +241,11 @@ def _diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("second", metavar="RUN[@ATTEMPT]", help=RUN)
     parser.add_argument("--code", action="store_true", help="show the changed lines of source files")
     _api(parser)
+
+
+def _fsck(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help=f"{RUN}; default: all")
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended; deletes nothing")
 
 
 def _config_diff(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +272,20 @@ def _positive(given: str) -> int:
     value = int(given) if given.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{given!r} is no positive number")
+    return value
+
+
+def _natural_or_all(given: str) -> int | str:
+    return given if given == "all" else _natural(given)
+
+
+def _seconds(given: str) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{given!r} is no number of seconds from 0 to 3600")
     return value
 
 
@@ -279,14 +331,23 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(name="ls", topic=LOOKING, summary="list runs, newest first", target="runs:ls", define=_ls),
     Verb(name="show", topic=LOOKING, summary="everything about one run", target="runs:show", define=_show),
+    Verb(
+        name="watch",
+        topic=LOOKING,
+        summary="a run while it goes on: newest values, speed, time left",
+        target="watch:watch",
+        define=_watch,
+        epilog="--json prints one line for each change. Exit codes: 0 the run finished, 1 it ended otherwise.",
+    ),
     Verb(name="logs", topic=LOOKING, summary="what a run's processes printed", target="logs:logs", define=_logs),
     Verb(
         name="metrics",
         topic=LOOKING,
         summary="metrics of a run",
-        target="runs:metrics",
+        target="metrics:metrics",
         define=_metrics,
-        epilog="example: orc metrics last val/accuracy --csv > accuracy.csv",
+        epilog="example: orc metrics last 'train/*' --output train.parquet. Lines of jsonl have step, epoch, phase, "
+        "metric and value; NaN and infinities are the strings nan, inf, -inf.",
     ),
     Verb(
         name="diff",
@@ -331,6 +392,14 @@ VERBS: tuple[Verb, ...] = (
     Verb(name="status", topic=SERVICES, summary="each service: up, or why not", target="services:status"),
     Verb(
         name="doctor", topic=SERVICES, summary="what is wrong, and the command that mends it", target="services:doctor"
+    ),
+    Verb(
+        name="fsck",
+        topic=SERVICES,
+        summary="is every point there that was logged, and does it fit together",
+        target="fsck:check",
+        define=_fsck,
+        epilog="May be used while everything runs. Exit codes: 0 all is well (or mended), 1 something is wrong.",
     ),
     Verb(
         name="env",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from orchestrator.catalog.headline import by_weight
+from orchestrator.catalog.headline import by_weight, is_automatic
 from orchestrator.cli import text
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def position(view: View) -> str:
 
 def chosen_metrics(metrics: Mapping[str, float], most: int = MAX_METRICS) -> list[tuple[str, float]]:
     """Those that tell most, when not all fit: what is validated or tested before what is trained, the rest by name."""
-
-    return [(key, metrics[key]) for key in by_weight(metrics)[:most]]
+    return [(key, metrics[key]) for key in by_weight(metrics)[:most] if not is_automatic(key)]
 
 
 class LineDisplay:

@@ -1,10 +1,9 @@
-"""The verbs that look at runs, and the one that stops them: ls, show, metrics, experiments, cancel."""
+"""The verbs that look at runs, and the one that stops them: ls, show, experiments, cancel."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any
 
 from orchestrator.account import user_name
 from orchestrator.catalog import open_store
@@ -15,9 +14,6 @@ from orchestrator.cli.parser import UsageError
 from orchestrator.errors import ServiceUnavailable, UserError
 from orchestrator.stack import Stack
 from orchestrator.status import RunStatus
-
-if TYPE_CHECKING:
-    from orchestrator.store.views import Points, RunDetail, RunRow, SummaryRow
 
 NO_LIMIT = 1_000_000
 MOST_WITH_METRIC = 200
@@ -94,24 +90,6 @@ def experiments(arguments: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def metrics(arguments: argparse.Namespace, output: Output) -> int:
-    if arguments.csv and arguments.json:
-        raise UsageError("--csv and --json are two forms of the same answer: choose one.")
-    with asked_catalog(arguments) as catalog:
-        run = catalog.run(arguments.run)
-        summaries = catalog.summaries(run.run)
-        if not arguments.keys:
-            chosen = [row for row in summaries if arguments.rank in (None, row.rank)]
-            _print_summaries(output, run, chosen, as_csv=arguments.csv)
-            return 0
-        _check_keys(run, arguments.keys, summaries)
-        points = {
-            key: catalog.points(run.run, key, rank=arguments.rank, attempt=arguments.attempt) for key in arguments.keys
-        }
-    _print_points(output, run, points, as_csv=arguments.csv)
-    return 0
-
-
 def cancel(arguments: argparse.Namespace, output: Output) -> int:
     """Ask the tracker, which tells the processes at once; without one, leave the wish in the database."""
     from orchestrator.catalog.database import DatabaseCatalog
@@ -165,91 +143,3 @@ def _tags(given: list[str]) -> dict[str, str] | None:
         if not (name and equals):
             raise UsageError(f"--tag {name}: write NAME=VALUE.")
     return {name: value for name, _, value in pairs} or None
-
-
-def _check_keys(run: RunDetail, keys: list[str], summaries: list[SummaryRow]) -> None:
-    known = {row.key for row in summaries}
-    for key in keys:
-        if key not in known:
-            near = text.did_you_mean(text.nearest(key, known))
-            raise UserError(f"Run {run.name} has no metric {key!r}.{near} `orc metrics {run.name}` lists them.")
-
-
-def _print_summaries(output: Output, run: RunRow, rows: list[SummaryRow], *, as_csv: bool) -> None:
-    def render() -> None:
-        if as_csv:
-            documents = [describe.summary_document(row) for row in rows]
-            writer = _csv_writer(output)
-            writer.writerow(CSV_SUMMARY)
-            writer.writerows([document[column] for column in CSV_SUMMARY] for document in documents)
-        elif not rows:
-            output.line(f"run {run.name} has no metrics")
-        else:
-            output.table(describe.SUMMARY_COLUMNS, [describe.summary_cells(row) for row in rows], right=range(1, 8))
-
-    output.result(
-        {"run": run.run, "name": run.name, "metrics": [describe.summary_document(row) for row in rows]}, render
-    )
-
-
-def _csv_writer(output: Output) -> Any:
-    import csv
-
-    return csv.writer(output.stdout, lineterminator="\n")
-
-
-CSV_SUMMARY = (
-    "key",
-    "rank",
-    "count",
-    "first",
-    "last",
-    "last_step",
-    "minimum",
-    "maximum",
-    "mean",
-    "best",
-    "best_step",
-    "nan_count",
-)
-POINT_COLUMNS = ("key", "attempt", "rank", "step", "time", "value")
-
-
-def _print_points(output: Output, run: RunRow, points: dict[str, Points], *, as_csv: bool) -> None:
-    def rows() -> list[tuple[Any, ...]]:
-        columns = (
-            (key, p.attempts.tolist(), p.ranks.tolist(), p.steps.tolist(), p.times.tolist(), p.values.tolist())
-            for key, p in points.items()
-        )
-        return [(key, *values) for key, *lists in columns for values in zip(*lists, strict=True)]
-
-    def render() -> None:
-        if as_csv:
-            writer = _csv_writer(output)
-            writer.writerow(POINT_COLUMNS)
-            writer.writerows(rows())
-            return
-        cells = [
-            (
-                key,
-                str(attempt),
-                str(rank),
-                str(step),
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)),
-                repr(value),
-            )
-            for key, attempt, rank, step, at, value in rows()
-        ]
-        output.table(POINT_COLUMNS, cells, right=(1, 2, 3))
-
-    output.result(
-        {
-            "run": run.run,
-            "name": run.name,
-            "points": {
-                key: {"attempt": p.attempts, "rank": p.ranks, "step": p.steps, "time": p.times, "value": p.values}
-                for key, p in points.items()
-            },
-        },
-        render,
-    )

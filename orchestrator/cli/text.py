@@ -66,6 +66,11 @@ def one_line(value: str, width: int = 100) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
+def printable(value: str) -> str:
+    """`value` with nothing in it that could move a terminal's cursor. Example: printable("a\\x1b[2Jb") == "a·[2Jb"."""
+    return value if value.isprintable() else "".join(each if each.isprintable() else "·" for each in value)
+
+
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
     """Lines of a table in plain text: two blanks between columns, those in `right` flush right, no trailing blanks."""
     cells = [list(header), *(list(row) for row in rows)]

@@ -9,6 +9,7 @@ from enum import StrEnum
 from orchestrator.config.typed import bounded
 from orchestrator.errors import ConfigError
 from orchestrator.json_logs import RUN_COMPONENTS, check_components
+from orchestrator.records import WhenFull
 
 
 class Enabled(StrEnum):
@@ -115,6 +116,10 @@ class TrackingConfig:
     """Seconds that the end of a run waits until everything logged is accepted."""
     spool_mb: int = bounded(1024, minimum=1)
     """2^20 bytes that the spool of one process may hold until they are committed."""
+    when_full: WhenFull = WhenFull.block
+    """What `log` does when they are used up, or the disk is full."""
+    perf: bool = True
+    """Record step time, wait for data, throughput and peak memory as `perf/…`."""
     debug: list[str] = field(default_factory=list)
     """Which of `driver` and `worker` log in detail. Services: `orc up tracking.debug=tracker`."""
 
@@ -174,6 +179,14 @@ class MlflowConfig:
 
 
 @dataclass(kw_only=True)
+class TensorboardConfig:
+    """Event files for TensorBoard."""
+
+    enabled: Enabled = Enabled.auto
+    """`auto`: where the stack writes them (`orc up tensorboard.enabled=true`). `false`: not of this run."""
+
+
+@dataclass(kw_only=True)
 class RayConfig:
     """The Ray cluster that runs the work."""
 
@@ -186,6 +199,15 @@ class RayConfig:
     """Port of its dashboard and job server; 0: a free one."""
     num_cpus: int = bounded(0, minimum=0)
     """Logical CPUs of the head that `orc up` starts; 0: as many as the machine has."""
+
+
+@dataclass(kw_only=True)
+class RedisConfig:
+    """Live values for `orc watch`; nothing is lost without it."""
+
+    enabled: Enabled = Enabled.auto
+    url: str = field(default="", repr=False)
+    """`redis://`, `rediss://` or `unix://`. Empty: the server that `orc up` starts."""
 
 
 @dataclass(kw_only=True)
@@ -237,7 +259,9 @@ class Settings:
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    redis: RedisConfig = field(default_factory=RedisConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
@@ -255,14 +279,14 @@ RESERVED = ("experiment", "hydra", "defaults")
 
 NOT_WORK = (
     *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume"),
-    "tracking.debug",
-    *("storage", "database", "mlflow", "ray", "provenance", "submit", "preset", "environment"),
+    *("tracking.debug", "tracking.perf"),
+    *("storage", "database", "mlflow", "tensorboard", "ray", "redis", "provenance", "submit", "preset", "environment"),
 )
 """Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash."""
 
 NOT_INHERITED = (
     *("run.name", "run.notes", "run.user", "run.resume"),
-    *("storage", "database", "mlflow.tracking_uri", "mlflow.port", "environment"),
+    *("storage", "database", "mlflow.tracking_uri", "mlflow.port", "redis", "environment"),
     *("ray.address", "ray.port", "ray.dashboard_port", "ray.num_cpus"),
 )
 """What a run based on a stored configuration takes from its own surroundings instead."""

@@ -27,7 +27,7 @@ from orchestrator.errors import ConfigError, NotFound, UserError
 from orchestrator.records import RunStatus
 from orchestrator.store.views import ChangedRuns, ChunkRow, SinkCursor
 from orchestrator.tracking.backlog import Backlog
-from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.breaker import BreakerState, CircuitBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ class _Written:
     at: float
     metrics_at: float
     is_final: bool
+    points: int = 0
+    """In its metrics.csv."""
+    last_ms: int = 0
+    """Time of the newest of them."""
 
 
 @dataclass(slots=True)
@@ -161,7 +165,7 @@ class DirectoryService:
                 self._write_safely(run, status, directory, dirty)
                 if self._clock.monotonic() >= late:
                     break
-        self._save(dirty)
+        self._save(dirty, now)
         now = self._clock.monotonic()
         return any(run in dirty and self._is_due(run, *place, now) for run, place in found.items() if place[1])
 
@@ -214,14 +218,16 @@ class DirectoryService:
         began = self._clock.monotonic()
         before = self._written.get(run)
         metrics_at = before.metrics_at if before else began
+        points, last_ms = (before.points, before.last_ms) if before else (0, 0)
         with self._feed.snapshot(run) as snapshot:
             status = RunStatus(snapshot.record["run"]["status"])
             storage = self._open(directory)
             files.write_record(storage, snapshot.record)
             if self._wants_metrics(run, status, snapshot.points, began):
                 files.write_metrics(storage, snapshot.chunks())
-                metrics_at = began
-        self._written[run] = _Written(began, metrics_at, status.is_terminal)
+                metrics_at, points = began, snapshot.points
+                last_ms = max((row["last_time_ms"] for row in snapshot.record["summaries"]), default=0)
+        self._written[run] = _Written(began, metrics_at, status.is_terminal, points, last_ms)
 
     def _put_aside(self, run: str, error: Exception, dirty: OrderedDict[str, None]) -> None:
         before = self._aside.get(run)
@@ -241,10 +247,17 @@ class DirectoryService:
 
     # -- which runs
 
-    def _save(self, dirty: Iterable[str]) -> None:
-        """What changed and is not written stands beside the cursor, so that no crash forgets it."""
+    def _save(self, dirty: Iterable[str], now: float) -> None:
+        """What changed and is not written stands beside the cursor, so that no crash forgets it; and how it is, for
+        those who ask the database how far the directories are behind.
+        """
         runs = tuple(sorted(dirty))
-        self._backlog.save(runs)
+        written = {run: [one.points, one.last_ms] for run in runs if (one := self._written.get(run)) is not None}
+        failing = [run for run in runs if run in self._aside]
+        is_well = all(root.state(now) is BreakerState.closed for root in self._roots.values())
+        state = BreakerState.closed if is_well else BreakerState.open
+        error = self._last_error if failing else ""
+        self._backlog.save(runs, now, state=state.value, error=error, written=written)
         for run in [run for run, written in self._written.items() if written.is_final and run not in runs]:
             if self._clock.monotonic() > self._written[run].at + self._config.metrics_every:
                 del self._written[run]
