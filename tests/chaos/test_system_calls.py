@@ -21,7 +21,8 @@ from pathlib import Path
 from orchestrator.tracking.logger import Logger
 
 logger = Logger(Path(sys.argv[1]), run="r1", attempt=1, rank=0)
-logger.log({"loss": 1.0, "accuracy": 0.5}, step=0)  # a new key is written down; known ones are not
+for step in range(3000):  # a new key is written down, known ones are not; the first, small segments are behind
+    logger.log({"loss": 1.0, "accuracy": 0.5}, step=step)
 os.access("/mark-begin", os.F_OK)
 for step in range(1, 5000):
     logger.log({"loss": 1.0 / step, "accuracy": 0.5}, step=step)
@@ -82,7 +83,7 @@ def test_nothing_is_acknowledged_before_it_is_synced(tmp_path: Path, database_ur
     assert code == 0
     on_log = [call for call in between(calls, "/mark-begin", "/mark-accepted") if ".log>" in call]
     names = [call.split("(")[0] for call in on_log]
-    assert "pwrite64" in names
+    assert any(name.startswith("pwrite") for name in names)
     assert names[-1] in ("fsync", "fdatasync"), "the last thing before the acknowledgement"
     assert on_log[-1].endswith("= 0") or "resumed" in on_log[-1], on_log[-1]
 

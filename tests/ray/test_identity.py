@@ -24,7 +24,11 @@ def run(orc: Orc) -> Iterator[str]:
     process = orc.start("run", "train=trains:slow", f"run.name={NAME}")
     store = orc.store()
     found = wait_until(lambda: [row.run for row in store.runs(search=NAME)] or process.poll(), 60, "the run")
-    wait_until(lambda: len(store.summaries(found[0])) >= 2 or process.poll() is not None, 60, "both ranks logging")
+    wait_until(
+        lambda: len({row.rank for row in store.summaries(found[0])}) >= 2 or process.poll() is not None,
+        60,
+        "both ranks logging",
+    )
     yield found[0]
     process.kill()
     out, err = process.communicate()

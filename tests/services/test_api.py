@@ -103,7 +103,10 @@ def test_nothing_but_the_health_is_told_without_a_token(stack: Stack, path: str,
 
 def test_every_route_answers_with_the_token(stack: Stack) -> None:
     run = client(stack).run("brave-otter").run
-    parameters = {"/api/v1/run": "?reference=last", f"/api/v1/runs/{run}/points": "?key=loss"}
+    parameters = {
+        "/api/v1/run": "?reference=last", f"/api/v1/runs/{run}/points": "?key=loss",
+        f"/api/v1/runs/{run}/points_of": "?key=loss&key=none",
+    }  # fmt: skip
     for path in every_route(run):
         status, headers, _ = ask(stack, path.replace("driver", "rank-0") + parameters.get(path, ""))
         assert (path, status) == (path, 200)
@@ -177,6 +180,10 @@ def test_the_database_session_cannot_write(stack: Stack) -> None:
         "/api/v1/runs?limit=99999999999999999999999", "/api/v1/runs?status=happy", "/api/v1/run?reference=%00",
         "/api/v1/runs/x/events?newest=1001", "/api/v1/summaries?" + "&".join(["run=x"] * 501),
         "/api/v1/runs?tag=a%2500=b", "/api/v1/runs/x%00/notes", "/api/v1/runs/x/points?key=loss&rank=-1",
+        "/api/v1/runs/x/live?wait_ms=5001", "/api/v1/runs/x/live?wait_ms=soon",
+        "/api/v1/runs/x/curve?key=loss&start=1e3", "/api/v1/runs/x/curve?key=loss&stop=99999999999999999999",
+        "/api/v1/runs/x/curve?key=loss&most=100001", "/api/v1/runs/x/curve?key=loss&start=--1",
+        "/api/v1/runs/x/points_of", "/api/v1/runs/x/points_of?" + "&".join(["key=x"] * 501),
     ],
 )  # fmt: skip
 def test_a_page_has_an_end_and_a_senseless_question_is_the_askers_mistake(stack: Stack, path: str) -> None:
@@ -239,7 +246,7 @@ def test_a_reader_who_takes_nothing_gives_the_connection_back(
     async def answer() -> None:
         with anyio.fail_after(30):
             scope = {"type": "http", "method": "GET", "path": "/points", "asgi": {"spec_version": "2.3"}}
-            await routes.Stream(wire.blocks(store.point_blocks(run, "loss")))(scope, receive, send)
+            await routes.Stream(wire.blocks(store.point_blocks(run, "loss")), wire.ARROW)(scope, receive, send)
 
     try:
         anyio.run(answer)

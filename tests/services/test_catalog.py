@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from orchestrator.catalog import Catalog, open_catalog, wire
+from orchestrator.catalog.curves import joined
 from orchestrator.catalog.database import DatabaseCatalog
 from orchestrator.catalog.headline import main_key
 from orchestrator.catalog.remote import HttpCatalog
@@ -253,6 +254,57 @@ def test_points_are_bit_for_bit_what_was_logged(catalog: Catalog, recorded: Reco
         catalog.points("no-such-run", "val/loss")
 
 
+def test_points_come_in_pieces_and_other_questions_may_follow(catalog: Catalog, recorded: Recorded) -> None:
+    pieces = catalog.point_blocks(recorded.rich.run, "val/loss", rank=0)
+    first = next(pieces)
+    pieces.close()
+    assert first.values[: len(ODD)].tobytes() == np.array(ODD).tobytes()
+    whole = joined(catalog.point_blocks(recorded.rich.run, "val/loss", rank=0))
+    assert len(whole) == len(ODD) + 5000
+    assert whole.values.tobytes() == catalog.points(recorded.rich.run, "val/loss", rank=0).values.tobytes()
+    assert list(catalog.point_blocks(recorded.rich.run, "no/such/key")) == []
+    with pytest.raises(NotFound):
+        next(catalog.point_blocks("no-such-run", "val/loss"))
+
+
+def test_a_curve_is_exact_where_it_is_short_and_in_windows_where_it_is_long(
+    catalog: Catalog, recorded: Recorded
+) -> None:
+    run = recorded.rich.run
+    short = catalog.curve(run, "val/loss", attempt=1)
+    assert (short.attempt, short.rank, short.is_exact, len(short)) == (1, 0, True, len(ODD))
+    assert short.first.tobytes() == np.array(ODD).tobytes()
+    long = catalog.curve(run, "val/loss", most=100)
+    assert (long.attempt, long.is_exact, int(long.counts.sum())) == (2, False, 5000)
+    assert 20 <= len(long) <= 100
+    assert set(long.mean.tolist()) == {7.0}
+    part = catalog.curve(run, "val/loss", attempt=2, start=-5, stop=30)
+    assert part.steps.tolist() == list(range(0, 31, 3))
+    assert len(catalog.curve(run, "val/loss", rank=1, attempt=2)) == 0
+    assert catalog.curve(run, "no/such/key").attempt == 0
+    with pytest.raises(NotFound):
+        catalog.curve("no-such-run", "val/loss")
+
+
+def test_live_is_what_is_committed_where_there_is_no_redis(catalog: Catalog, recorded: Recorded) -> None:
+    live = catalog.live(recorded.rich.run)
+    assert (live.source, live.state.attempt, live.state.points) == ("database", 2, len(ODD) + 2 + 5000)
+    assert [(value.key, value.rank, value.value) for value in live.values] == [
+        ("val/loss", 0, 7.0), ("val/loss", 1, 2.0)
+    ]  # fmt: skip
+    assert [checkpoint.id for checkpoint in live.checkpoints] == ["step-3"]
+    assert catalog.live(recorded.rich.run, after=live.cursor, wait=0.01) == live
+    assert catalog.live(recorded.rich.run, after="1-0", wait=5.0) == live
+    assert catalog.live(recorded.bare.run).values == ()
+    with pytest.raises(NotFound):
+        catalog.live("no-such-run")
+
+
+def test_both_give_the_very_same_live_run_and_lags(recorded: Recorded) -> None:
+    assert recorded.http.live(recorded.rich.run) == recorded.database.live(recorded.rich.run)
+    assert recorded.http.sink_lags() == recorded.database.sink_lags()
+
+
 def test_logs_are_read_from_any_offset(catalog: Catalog, recorded: Recorded) -> None:
     directory = Path(recorded.rich.directory) / "logs" / "attempt-2"
     directory.mkdir(parents=True, exist_ok=True)
@@ -334,6 +386,13 @@ def test_threads_may_share_a_catalog(catalog: Catalog, recorded: Recorded) -> No
 def test_both_give_the_very_same_points(recorded: Recorded) -> None:
     ours, theirs = (c.points(recorded.rich.run, "val/loss") for c in (recorded.http, recorded.database))
     for name, _ in wire.ARRAYS:
+        mine, wanted = getattr(ours, name), getattr(theirs, name)
+        assert (mine.dtype, mine.tobytes()) == (wanted.dtype, wanted.tobytes())
+
+
+def test_both_give_the_very_same_curve(recorded: Recorded) -> None:
+    ours, theirs = (c.curve(recorded.rich.run, "val/loss", most=50) for c in (recorded.http, recorded.database))
+    for name, _ in wire.CURVE_ARRAYS:
         mine, wanted = getattr(ours, name), getattr(theirs, name)
         assert (mine.dtype, mine.tobytes()) == (wanted.dtype, wanted.tobytes())
 

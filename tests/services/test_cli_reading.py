@@ -216,31 +216,16 @@ def test_show_tells_the_whole_story(orc: Orc, recorded: Recorded) -> None:
         assert part in shown
 
 
-def test_metrics_of_all_ranks_as_csv_keep_every_digit(orc: Orc) -> None:
-    rows = list(csv.DictReader(io.StringIO(orc("metrics", "brave-otter", "val/accuracy", "train/loss", "--csv"))))
-    assert len(rows) == 80
-    values = [float(row["value"]) for row in rows if (row["key"], row["rank"]) == ("val/accuracy", "1")]
-    assert values == [step / 20 + 1 for step in range(20)]
-    assert math.isnan(float(rows[-1]["value"]))
-
-
-def test_metrics_can_be_limited_to_a_rank_and_are_strict_json(orc: Orc) -> None:
-    points = json.loads(orc("metrics", "brave-otter", "train/loss", "--rank", "0", "--json"))["points"]["train/loss"]
-    assert points["rank"] == [0] * 20
-    assert points["step"] == list(range(20))
-    assert points["value"][-1] == "nan"
-
-
 def test_metrics_without_a_key_gives_a_summary_of_each(orc: Orc) -> None:
-    assert [row["key"] for row in csv.DictReader(io.StringIO(orc("metrics", "brave-otter", "--csv")))].count(
-        "val/accuracy"
-    ) == 2
+    rows = list(csv.DictReader(io.StringIO(orc("metrics", "brave-otter", "--format", "csv"))))
+    assert [row["key"] for row in rows].count("val/accuracy") == 2
+    assert {row["nan_count"] for row in rows if row["key"] == "train/loss"} == {"1"}
     assert "(1 NaN)" in orc("metrics", "brave-otter")
     assert "has no metrics" in orc("metrics", "calm-finch")
-
-
-def test_an_unknown_metric_names_the_nearest(orc: Orc) -> None:
-    assert "Did you mean 'val/accuracy'" in orc("metrics", "brave-otter", "val/acuracy", code=2)
+    document = json.loads(orc("metrics", "brave-otter", "--rank", "1", "--json"))
+    assert [(row["key"], row["rank"], row["best"]) for row in document["metrics"]] == [
+        ("train/loss", 1, None), ("val/accuracy", 1, 1.95),
+    ]  # fmt: skip
 
 
 def test_experiments_are_listed_with_their_runs(orc: Orc) -> None:

@@ -100,6 +100,7 @@ def test_a_cancelled_run_ends_cancelled(local: LocalStack, tmp_path: Path) -> No
     assert driver.returncode == 1
     assert local.store.run(run.run).status is RunStatus.cancelled
     assert local.points(run.run, "count") == list(range(counted(tmp_path, 0)))
+    assert min(local.points(run.run, "perf/step_time")) > 0, "measured without being asked, to the end"
 
 
 def test_what_contradicts_local_mode_is_refused(local: LocalStack) -> None:

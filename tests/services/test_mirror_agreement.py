@@ -262,7 +262,7 @@ def test_mirrors_that_are_killed_between_two_calls_miss_and_double_nothing(
     root = Path(__file__).parents[2]
     url = store._url.render_as_string(hide_password=False)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.plugins.mirror_process", url, mlflow_server.uri],
+        [sys.executable, "-m", "tests.plugins.mirror_process", url, "mlflow", mlflow_server.uri],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import disk
 from orchestrator.clock import ManualClock
 from orchestrator.errors import RunIsActive, ServiceUnavailable
 from orchestrator.records import Ack, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import migrate
 from orchestrator.store.store import Store
+from orchestrator.tracking.admission import QUIET
 from orchestrator.tracking.logger import Logger
-from orchestrator.tracking.service import TrackerService
+from orchestrator.tracking.service import TIDY, TrackerService
 from orchestrator.tracking.shipper import Shipper
 from orchestrator.tracking.spool import spools
 from tests.plugins.producers import Producer
@@ -145,32 +147,37 @@ def test_a_full_disk_acknowledges_nothing_until_there_is_room(world: World, monk
     logger.log({"loss": 1.0}, step=1)
     fired = []
 
-    def full(fd: int, data: bytes, offset: int) -> int:
-        fired.append(fd)
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(call: str, path: str) -> None:
+        if call == "write" and path.endswith(".log"):
+            fired.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(disk, "_watcher", full)
         world.shipper.step()
     assert fired
+    assert "No space" in world.tracker.health()["log"]
     assert not logger.flush(0.05)
     world.settle()
     assert world.store.points(ticket.run, "loss").values.tolist() == [1.0]
 
 
-def test_a_failed_fsync_ends_the_tracker_and_nothing_was_acknowledged(world: World) -> None:
+def test_a_failed_fsync_ends_the_tracker_and_nothing_was_acknowledged(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ticket = world.tracker.open_run(SPEC)
     logger = world.logger(ticket)
     logger.log({"loss": 1.0}, step=1)
 
-    def broken(fd: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+    def broken(call: str, path: str) -> None:
+        if call == "fsync" and path.endswith(".log"):
+            raise OSError(errno.EIO, "Input/output error")
 
-    world.tracker._log._fsync = broken
-    with pytest.raises(Exited):
-        world.shipper.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "_watcher", broken)
+        with pytest.raises(Exited):
+            world.shipper.step()
     assert not logger.flush(0.05)
-    world.tracker._log._fsync = os.fsync
     world.restart()
     world.settle()
     assert world.store.points(ticket.run, "loss").values.tolist() == [1.0]
@@ -493,3 +500,141 @@ def test_what_still_lives_of_an_attempt_is_told_to_stop_when_the_next_one_took_i
     assert world.tracker.heartbeat(first.run, 1)
     assert not their_ranks.stop_requested()
     assert not world.tracker.heartbeat(second.run, second.attempt)
+
+
+def test_a_producer_that_was_quiet_is_forgotten_and_goes_on_where_it_was(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    sent = []
+    real = world.tracker.push
+
+    def push(frames: Sequence[bytes]) -> list[Ack]:
+        sent.append(list(frames))
+        return real(frames)
+
+    world.tracker.push = push  # type: ignore[method-assign]
+    for step in range(5):
+        logger.log({"loss": float(step)}, step=step)
+        world.settle()
+    assert world.tracker.health()["producers"] == 1
+    world.clock.advance(QUIET + TIDY)
+    world.tracker.lease_step()
+    assert world.tracker.health()["producers"] == 0
+    for frames in sent[::-1]:
+        real(frames)  # everything once more, in any order
+    logger.log({"loss": 5.0}, step=5)
+    world.settle()
+    assert world.store.points(ticket.run, "loss").values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_batch_that_was_damaged_at_the_end_of_the_running_log_is_asked_for_again(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    logger.log({"loss": 1.0}, step=1)
+    world.shipper.step()
+    assert logger.flush(0.1)
+    path = world.directory / "wal" / "00000001.log"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 0xFF
+    path.write_bytes(damaged)
+    world.settle()
+    assert world.tracker.health()["log_damaged_bytes"] > 0
+    assert world.store.points(ticket.run, "loss").values.tolist() == [1.0]
+
+
+def test_many_runs_are_opened_and_kept_alive_in_one_call_each(world: World) -> None:
+    tickets = world.tracker.open_runs([SPEC] * 3)
+    attempts = [(ticket.run, ticket.attempt) for ticket in tickets]
+    assert len(set(attempts)) == 3
+    world.tracker.cancel(tickets[1].run)
+    world.clock.advance(10)
+    assert world.tracker.heartbeats(attempts[:2]) == [False, True]
+    world.clock.advance(10)
+    world.tracker.lease_step()
+    found = [world.store.run(ticket.run).status for ticket in tickets]
+    assert found == [RunStatus.running, RunStatus.running, RunStatus.crashed]
+    with pytest.raises(RunIsActive):
+        world.tracker.open_runs([SPEC, replace(SPEC, run=tickets[0].run)])
+    assert len(world.store.runs(experiment="digits")) == 3, "all or none"
+
+
+def test_a_stop_request_ends_with_its_attempt(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    world.store.request_cancel(ticket.run, user="somebody", now=world.clock.now())
+    world.tracker.lease_step()
+    assert world.tracker.heartbeat(ticket.run, 1)
+    world.store.transition(ticket.run, 1, RunStatus.cancelled, now=world.clock.now())
+    world.tracker.lease_step()
+    again = world.tracker.open_run(replace(SPEC, run=ticket.run))
+    assert not world.tracker.heartbeat(again.run, again.attempt)
+
+
+def test_what_waits_to_be_committed_is_told(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    for step in range(30):
+        logger.log({"loss": float(step)}, step=step)
+    world.shipper.step()
+    world.clock.advance(3.0)
+    behind = world.tracker.health()
+    assert (behind["lag_points"], behind["lag_seconds"]) == (30, 3.0)
+    world.restart()
+    assert world.tracker.health()["lag_points"] == 30
+    world.settle()
+    health = world.tracker.health()
+    assert (health["lag_points"], health["lag_seconds"], health["lag_bytes"]) == (0, 0.0, 0)
+
+
+def test_a_database_that_hung_ends_nobody_for_whom_no_tracker_could_vouch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    world.tracker.lease_step()
+    other = TrackerService(world.directory / "other", world.url, clock=world.clock)
+    other.lease_step()
+    real = other._store.cancel_requested
+
+    def hangs() -> set[str]:
+        world.clock.advance(60)
+        return real()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other._store, "cancel_requested", hangs)
+        other.lease_step()
+    world.clock.advance(1)
+    other.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.running
+    world.clock.advance(16)
+    other.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.crashed, "now its tracker had the time to vouch"
+    other.stop()
+
+
+def test_an_end_that_stands_in_the_log_counts_before_it_is_committed(world: World) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket, rank=-1)
+    logger.fact(Fact(kind=FactKind.status, at=0.0, data={"status": "FINISHED", "reason": ""}))
+    world.clock.advance(1)
+    world.shipper.step()
+    world.restart()
+    for _ in range(4):
+        world.clock.advance(12)
+        world.tracker.lease_step()
+    assert world.store.run(ticket.run).status is RunStatus.running
+    world.settle()
+    assert world.store.run(ticket.run).status is RunStatus.finished
+
+
+def test_what_the_database_can_never_take_holds_up_nobody_else(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    ticket = world.tracker.open_run(SPEC)
+    poison = Producer(replace(ticket, attempt=(1 << 32) - 1)).points([(0, 1, 1.0)])
+    good = Producer(ticket)
+    world.tracker.push([poison.encode()])
+    with pytest.raises(Exception, match="out of range"):
+        world.tracker.commit_step()  # alone it may be the database: it is tried again
+    world.tracker.push([good.points([(0, 1, 1.0), (0, 2, 2.0)]).encode()])
+    assert world.tracker.commit_step()
+    assert world.store.points(ticket.run, "train/loss").steps.tolist() == [1, 2]
+    assert f"producer {poison.producer} logged cannot be committed" in caplog.text
+    found = {ack.stream: ack for ack in world.tracker.acknowledged([(poison.producer, ticket.run, 1)])}
+    assert (found[Stream.points].accepted, found[Stream.points].committed) == (1, 0), "its spool stays"

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.catalog import headline, wire
+from orchestrator.catalog.curves import joined, windows
 from orchestrator.catalog.remote import HttpCatalog
 from orchestrator.errors import AmbiguousName, NotFound, SchemaMismatch, ServiceUnavailable, UserError
 from orchestrator.status import RunStatus
@@ -98,23 +99,35 @@ def pieces(*counts: int) -> Generator[Points]:
 @pytest.mark.parametrize("counts", [(), (0,), (1,), (5, 0, 7)])
 def test_points_come_back_bit_for_bit(counts: tuple[int, ...]) -> None:
     body = b"".join(wire.blocks(pieces(*counts)))
-    found = wire.points_from(io.BytesIO(body).read)
+    found = joined(wire.points_from(io.BytesIO(body)))
     for name, kind in wire.ARRAYS:
         wanted = [getattr(some_points(count), name) for count in counts]
-        joined = np.concatenate(wanted).astype(kind) if wanted else np.empty(0, kind)
-        assert (getattr(found, name).dtype, getattr(found, name).tobytes()) == (np.dtype(kind), joined.tobytes())
+        whole = np.concatenate(wanted).astype(kind) if wanted else np.empty(0, kind)
+        assert (getattr(found, name).dtype, getattr(found, name).tobytes()) == (np.dtype(kind), whole.tobytes())
 
 
-@pytest.mark.parametrize("missing", [1, 8, 9, 200])
-def test_a_shortened_answer_is_noticed(missing: int) -> None:
+def test_a_shortened_answer_is_noticed_wherever_it_ends() -> None:
+    """The last 8 bytes only say once more that nothing follows."""
     body = b"".join(wire.blocks(pieces(5, 7)))
-    with pytest.raises(EOFError):
-        wire.points_from(io.BytesIO(body[:-missing]).read)
+    for end in range(0, len(body) - 8, 7):
+        with pytest.raises((EOFError, ValueError, OSError)):
+            joined(wire.points_from(io.BytesIO(body[:end])))
+    assert len(joined(wire.points_from(io.BytesIO(body[:-8])))) == 12
 
 
-def test_a_block_too_large_to_be_true_is_refused() -> None:
-    with pytest.raises(ValueError, match="a block of"):
-        wire.points_from(io.BytesIO(b"HTTP/1.1 200").read)
+def test_what_is_no_stream_is_refused() -> None:
+    with pytest.raises((ValueError, OSError)):
+        joined(wire.points_from(io.BytesIO(b"HTTP/1.1 200 and so on")))
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_a_curve_comes_back_bit_for_bit(count: int) -> None:
+    curve = windows(some_points(count), 100)
+    found = wire.curve_from(wire.curve_to_bytes(curve))
+    assert (found.attempt, found.rank, found.is_exact) == (curve.attempt, curve.rank, count < 100)
+    for name, kind in wire.CURVE_ARRAYS:
+        mine, wanted = getattr(found, name), getattr(curve, name)
+        assert (mine.dtype, mine.tobytes()) == (np.dtype(kind), wanted.tobytes())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,8 @@ def test_a_block_too_large_to_be_true_is_refused() -> None:
         ({"train/loss": "min", "val/loss": ""}, "train/loss"),
         ({"zz": "", "train/b": "", "train/a": ""}, "train/a"),
         ({"test": "", "value": ""}, "test"),
+        ({"perf/step_time": "min", "system/load": "", "zz": ""}, "zz"),
+        ({"perf/step_time": "min", "system/load": ""}, None),
     ],
 )
 def test_the_main_metric(directions: dict[str, str], wanted: str | None) -> None:

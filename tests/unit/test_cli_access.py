@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.catalog import address
 from orchestrator.cli import access, parser
 from orchestrator.cli.main import main
 from orchestrator.errors import UserError
@@ -20,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stack with an API server, which is the default one."""
     Stack(home=str(tmp_path), api_url=OWN, api_token_path=f"{tmp_path}/api_token", ray_dashboard="http://d").save()
     monkeypatch.setenv("ORC_HOME", str(tmp_path))
-    for name in (access.API_VARIABLE, *access.TOKEN_VARIABLES, "RAY_API_SERVER_ADDRESS"):
+    for name in (address.API_VARIABLE, *address.TOKEN_VARIABLES, "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -63,12 +64,12 @@ def test_the_first_variable_that_is_set_gives_the_token(tmp_path: Path) -> None:
         "ORC_API_TOKEN": " orc ",
     }
     wanted = ["orc", "orc-file", "ray", "ray-file"]
-    for name, token in zip(access.TOKEN_VARIABLES, wanted, strict=True):
-        assert access.token_from(everything, OTHER)[0] == token
-        assert access.token_from(everything, OTHER)[1].startswith(name)
+    for name, token in zip(address.TOKEN_VARIABLES, wanted, strict=True):
+        assert address.token_from(everything, OTHER)[0] == token
+        assert address.token_from(everything, OTHER)[1].startswith(name)
         del everything[name]
     with pytest.raises(UserError, match="ORC_API_TOKEN_PATH"):
-        access.token_from(everything, OTHER)
+        address.token_from(everything, OTHER)
 
 
 def test_env_tells_others_where_to_ask(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def test_service_verbs_run_our_cluster_folder_and_pass_its_exit_code_on(
         (["cancel"], "RUN"),
         (["logs", "x", "--follow", "--json"], "choose one"),
         (["logs", "x", "--rank", "first"], "a number from 0 up, or `all`"),
-        (["metrics", "x", "--csv", "--json"], "choose one"),
+        (["metrics", "x", "--format", "csv", "--json"], "choose one"),
     ],
 )
 def test_a_mistake_gives_one_message_and_exit_code_2(

@@ -61,6 +61,8 @@ def test_lines_come_at_most_every_two_seconds_and_only_when_something_changed() 
 def test_validation_metrics_come_first_when_not_all_fit() -> None:
     metrics = {f"layer/{n}": 0.0 for n in range(9)} | {"train/loss": 1.0, "val/loss": 2.0}
     assert [key for key, _ in progress.chosen_metrics(metrics, most=3)] == ["val/loss", "train/loss", "layer/0"]
+    measured = {"perf/step_time": 0.1, "loss": 1.0, "system/load": 2.0}
+    assert progress.chosen_metrics(measured) == [("loss", 1.0)], "what was measured is not what was said"
 
 
 def test_the_live_display_draws_in_place_and_leaves_the_terminal_as_it_was() -> None:

@@ -10,7 +10,8 @@ import pytest
 import orchestrator
 
 NAMES = [
-    "OrchestratorError", "Run", "RunStopped", "TrainCallback", "TuneCallback", "UserError", "open_catalog", "start_run",
+    "OrchestratorError", "Run", "RunStopped", "TrainCallback", "TuneCallback", "UserError", "metrics", "open_catalog",
+    "start_run",
 ]  # fmt: skip
 
 

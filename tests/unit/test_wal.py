@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from orchestrator.tracking.wal import LogInUse, Position, WriteAheadLog
+from orchestrator import disk
+from orchestrator.tracking.wal import LogInUse, Position, SyncFailed, WriteAheadLog
 
 
 def frames(log: WriteAheadLog) -> list[bytes]:
@@ -90,7 +92,7 @@ def test_every_byte_flipped_loses_at_most_its_own_frame(tmp_path: Path) -> None:
         log.append(payload)
     log.sync()
     intact = (tmp_path / "intact" / "00000001.log").read_bytes()
-    for index in range(8, len(intact)):
+    for index in range(len(intact)):
         directory = tmp_path / str(index)
         directory.mkdir()
         damaged = bytearray(intact)
@@ -107,35 +109,101 @@ def test_a_full_disk_leaves_no_partial_frame(tmp_path: Path, monkeypatch: pytest
     log = WriteAheadLog(tmp_path)
     log.append(b"kept")
     log.sync()
-    real, fired = os.pwrite, []
+    fired = []
+
+    def half(fd: int, pieces: Sequence[bytes], offset: int) -> int:
+        return os.pwrite(fd, b"".join(pieces)[:50], offset)
 
     def full(fd: int, data: bytes, offset: int) -> int:
-        if len(data) > 100:
-            return real(fd, data[:50], offset)
-        if len(data) > 40:
-            fired.append(len(data))
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(fd, data, offset)
+        fired.append(os.fstat(fd).st_size)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space"):
-        log.append(b"x" * 100)
-    monkeypatch.setattr(os, "pwrite", real)
-    assert fired
+    path = tmp_path / "00000001.log"
+    before = path.stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", half)
+        patch.setattr(disk, "pwrite", lambda fd, data, offset, path: full(fd, data, offset))
+        with pytest.raises(OSError, match="No space"):
+            log.append(b"x" * 100)
+    assert fired == [before + 50]
+    assert path.stat().st_size == before
     log.append(b"after")
     log.sync()
     assert frames(reopened(log)) == [b"kept", b"after"]
 
 
-def test_discarding_forgets_only_what_was_not_synced(tmp_path: Path) -> None:
+@pytest.fixture
+def fsyncs() -> Iterator[list[Callable[[], None]]]:
+    """What happens at each fsync of a segment from now on: the first entry of the list, which then goes."""
+    plans: list[Callable[[], None]] = []
+
+    def seen(call: str, path: str) -> None:
+        if call == "fsync" and path.endswith(".log") and plans:
+            plans.pop(0)()
+
+    disk.watch(seen)
+    yield plans
+    disk.watch(None)
+
+
+def broken() -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_calls_at_the_same_time_share_an_fsync(tmp_path: Path, fsyncs: list[Callable[[], None]]) -> None:
     log = WriteAheadLog(tmp_path)
-    log.append(b"kept")
-    log.sync()
-    log.append(b"gone")
-    log.discard_unsynced()
-    log.append(b"next")
-    log.sync()
-    assert frames(log) == [b"kept", b"next"]
+    began, go_on, counted = threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        counted.append(len(done))
+        began.set()
+        assert go_on.wait(10)
+
+    done: list[int] = []
+
+    def sync() -> None:
+        log.sync()
+        done.append(len(frames(log)))
+
+    fsyncs += [slow, *[lambda: counted.append(len(done))] * 20]
+    log.append(b"first")
+    threads = [threading.Thread(target=sync)]
+    threads[0].start()
+    assert began.wait(10)
+    for number in range(10):  # too late for the fsync that is going on
+        log.append(b"%d" % number)
+        threads.append(threading.Thread(target=sync))
+        threads[-1].start()
+    assert frames(log) == []
+    assert done == []
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(counted) == 2, "one for the first, one for all others"
+    assert sorted(done) == [done[0], *[11] * 10] or sorted(done) == [11] * 11
+    log.close()
+
+
+def test_after_a_failed_fsync_nothing_is_ever_called_durable(tmp_path: Path, fsyncs: list[Callable[[], None]]) -> None:
+    log = WriteAheadLog(tmp_path)
+    log.append(b"a")
+    fsyncs.append(broken)
+    for _ in range(2):
+        with pytest.raises(SyncFailed):
+            log.sync()
+    assert fsyncs == []
+    assert frames(log) == []
+
+
+def test_a_full_segment_that_cannot_be_synced_is_a_failed_fsync(
+    tmp_path: Path, fsyncs: list[Callable[[], None]]
+) -> None:
+    log = WriteAheadLog(tmp_path, segment_bytes=60)
+    log.append(b"x" * 40)
+    fsyncs.append(broken)
+    with pytest.raises(SyncFailed):
+        log.append(b"y" * 40)
+    assert fsyncs == []
 
 
 def test_two_trackers_cannot_write_one_log(tmp_path: Path) -> None:
@@ -158,8 +226,12 @@ def test_the_cursor_comes_back_and_a_damaged_one_means_the_start(tmp_path: Path)
     ((position, _),) = log.read(log.start(), 1)
     log.save_cursor(position)
     assert log.load_cursor() == position == Position(1, log.synced.offset)
-    (tmp_path / "cursor.json").write_text("{")
-    assert log.load_cursor() == log.start()
+    for garbage in (
+        "", "{", "[]", "7", '{"segment": 1}', '{"segment": 1, "offset": -5}', '{"segment": -1, "offset": 9}',
+        '{"segment": 1, "offset": Infinity}', '{"segment": "x", "offset": 9}', "[" * 100_000, "\0" * 40, "\udcff",
+    ):  # fmt: skip
+        (tmp_path / "cursor.json").write_text(garbage, errors="surrogateescape")
+        assert log.load_cursor() == log.start(), garbage
 
 
 def test_a_disk_that_is_full_at_the_end_of_a_segment_stops_nothing_for_good(
@@ -179,7 +251,7 @@ def test_a_disk_that_is_full_at_the_end_of_a_segment_stops_nothing_for_good(
             patch.setattr(os, name, full)
             with pytest.raises(OSError, match="No space"):
                 log.append(b"y" * 40)
-        log.discard_unsynced()
+        assert frames(log) == [b"x" * 40]
     assert len(fired) == 2
     log.append(b"z" * 40)
     log.sync()
