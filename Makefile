@@ -2,7 +2,9 @@
 # make test        every test tier that needs nothing but Python; ends with pytest's summary     (TESTS=tests/unit for one tier)
 # make check       format, lint, layers, types           make format       mends format and import order
 # make chaos       all fault tests, with root and strace make ui-test      the web pages of a stack in a headless Chromium
+# make campaign    kills parts of delivery at random until 1,000 kills landed and 1,000,000 points are there (ARGS="--kills 5000 --seed 7")
 # make bench-ls    how long `orc ls` takes over 10,000 runs, beside the interpreter's own start; build/bench/ls.json
+# make bench-metrics  what metrics cost and how much the tracker takes, beside W&B, MLflow, Aim, tensorboardX (ARGS="--only log"); 40 minutes
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
 
 VENV ?= .venv
@@ -13,7 +15,7 @@ TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
 PYTEST = $(RUN) pytest -p tests.plugins.tiers
 CODE = orchestrator actors jobs cluster tests tools setup.py
 
-.PHONY: demo test check format chaos ui-test bench-ls venv
+.PHONY: demo test check format chaos campaign ui-test bench-ls bench-metrics venv
 
 demo:
 	@tools/venv demo
@@ -39,8 +41,14 @@ chaos: venv
 	@tools/needs root strace unshare
 	@$(PYTEST) -m "" tests/chaos $(ARGS)
 
+campaign: venv
+	@$(RUN) tests.plugins.campaign $(ARGS)
+
 bench-ls: venv
 	@"$(VENV)/bin/python" tools/bench/ls.py
+
+bench-metrics: venv
+	@"$(VENV)/bin/python" tools/bench/metrics $(ARGS)
 
 ui-test: venv
 	@tools/needs chromium

@@ -7,7 +7,6 @@ The commands take turns, so that a busy machine is slow for all of them. Prints 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -17,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import many_runs  # noqa: E402
+from rows import Row, at_most, printed, save, table  # noqa: E402
 
 from cluster import api_server, ports, processes  # noqa: E402
 from cluster.postgres import EmbeddedPostgres  # noqa: E402
@@ -33,19 +33,8 @@ from orchestrator.store import migrate  # noqa: E402
 
 ORC = str(Path(sys.executable).with_name("orc"))
 START = "python -c pass"
-BAR = 0.2
-"""Seconds that `orc ls` may take beyond the interpreter's start."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the answer. `required` None: measured to be known, promised to nobody."""
-
-    bar: str
-    measured: float
-    """Seconds: the median, less that of the interpreter's start."""
-    required: float | None
-    holds: bool | None
+BAR_MS = 200.0
+"""What `orc ls` may take beyond the interpreter's start."""
 
 
 @contextmanager
@@ -102,16 +91,16 @@ def measured(wanted: dict[str, list[str]], rounds: int) -> dict[str, list[float]
     return seconds
 
 
-def rows(seconds: dict[str, list[float]], runs: int) -> list[Row]:
+def found_rows(seconds: dict[str, list[float]], runs: int) -> list[Row]:
     start = statistics.median(seconds[START])
-    found = [Row(bar=START, measured=round(start, 4), required=None, holds=None)]
+    found = [printed(START, start * 1000, "ms")]
     for name, taken in seconds.items():
-        if name != START:
-            beyond = statistics.median(taken) - start
-            required = BAR if name == "orc ls, through the API" else None
-            bar = f"{name}, {runs:,} runs: seconds beyond the interpreter's start"
-            holds = None if required is None else beyond <= required
-            found.append(Row(bar=bar, measured=round(beyond, 4), required=required, holds=holds))
+        if name == START:
+            continue
+        beyond = (statistics.median(taken) - start) * 1000
+        bar = f"{name}, {runs:,} runs: beyond the interpreter's start"
+        is_promised = name == "orc ls, through the API"
+        found.append(at_most(bar, beyond, BAR_MS, "ms") if is_promised else printed(bar, beyond, "ms"))
     return found
 
 
@@ -121,13 +110,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     with filled_stack(arguments.runs) as (served, without):
-        found = rows(measured(commands(served, without), arguments.rounds), arguments.runs)
-    file = ROOT / "build" / "bench" / "ls.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
-    for row in found:
-        said = "" if row.required is None else f"  at most {row.required} s: {'holds' if row.holds else 'MISSED'}"
-        print(f"{row.measured * 1000:7.0f} ms  {row.bar}{said}")
+        found = found_rows(measured(commands(served, without), arguments.rounds), arguments.runs)
+    save("ls", found)
+    print(table(found))
     return 0 if all(row.holds is not False for row in found) else 1
 
 

@@ -1,0 +1,192 @@
+"""Many agents, many runs: simulated producers, many per process, that speak the real protocol to the real tracker.
+
+Each simulating process is a Ray client that makes the calls a node agent makes (`push` with encoded batches,
+`acknowledged`); it keeps to a timetable, and how late the tracker's answers are is the lag.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import BenchStack, Usage, child, tell
+from rows import Row, at_most, printed
+
+from orchestrator.records import POINT, Batch, Stream
+
+KEYS = tuple(f"train/metric_{number}" for number in range(10))
+PROCESSES = 2
+LEASE, BEAT = 120.0, 30.0
+"""Seconds that a run may be silent, and between two signs of life of all of them."""
+BOUND = 5.0
+"""Seconds of lag beyond which a tracker does not keep up."""
+
+
+def agents(stack: BenchStack, count: int = 1000, points: int = 1000, seconds: int = 60) -> Iterator[Row]:
+    """`count` agents push `points` points each per second, one batch each."""
+    tickets = _opened(stack, "agents", count)
+    yield from _played(stack, tickets, f"{count:,} agents x {points:,} points/s", points, period=1.0, seconds=seconds)
+
+
+def runs(stack: BenchStack, count: int = 100_000, seconds: int = 300) -> Iterator[Row]:
+    """`count` open runs, ten keys each, a new point of each key every 30 s, all of one node."""
+    began = time.monotonic()
+    tickets = _opened(stack, "many", count)
+    yield printed(f"{count:,} runs: opened per second", count / (time.monotonic() - began), "1/s")
+    yield from _played(
+        stack, tickets, f"{count:,} open runs", points=len(KEYS), period=30.0, seconds=seconds, group=100
+    )
+
+
+def _opened(stack: BenchStack, name: str, count: int) -> list[tuple[str, int]]:
+    from orchestrator.records import RunSpec
+
+    specs = [RunSpec(experiment=f"{stack.experiment}-{name}", name=f"{name}-{i}", lease=LEASE) for i in range(count)]
+    found: list[tuple[str, int]] = []
+    beaten = time.monotonic()
+    for start in range(0, count, 500):
+        found += [(one.run, one.attempt) for one in stack.tracker.open_runs(specs[start : start + 500])]
+        if time.monotonic() - beaten > BEAT:
+            beaten = time.monotonic()
+            _beat(stack.tracker, found)
+        tell(f"{len(found):,} of {count:,} runs opened")
+    return found
+
+
+def _beat(tracker: Any, attempts: list[tuple[str, int]]) -> None:
+    for start in range(0, len(attempts), 5000):
+        assert not any(tracker.heartbeats(attempts[start : start + 5000])), "a run was asked to stop"
+
+
+def _played(
+    stack: BenchStack, tickets: list[tuple[str, int]], what: str, points: int, period: float, seconds: int,
+    group: int = 1,
+) -> Iterator[Row]:  # fmt: skip
+    usage = Usage(stack.service_processes())
+    processes = []
+    for number in range(PROCESSES):
+        file = stack.directory / f"tickets-{number}.json"
+        file.write_text(json.dumps(tickets[number::PROCESSES]))
+        command = [sys.executable, __file__, str(stack.home), file, points, period, seconds, group]
+        processes.append(
+            subprocess.Popen(
+                [str(word) for word in command], env=child(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
+    for process in processes:
+        process.stdout.readline()  # type: ignore[union-attr]
+    for process in processes:
+        process.stdin.write("go\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+    lags = []
+    beaten = -BEAT
+    while any(process.poll() is None for process in processes):
+        usage.look()
+        if time.monotonic() - beaten > BEAT:
+            beaten = time.monotonic()
+            _beat(stack.tracker, tickets)
+        lags.append(stack.tracker.health()["lag_bytes"])
+        tell(f"{what}: {lags[-1] / 1e6:,.0f} MB to commit")
+        time.sleep(2)
+    found: list[dict[str, Any]] = [json.loads(process.stdout.read()) for process in processes]  # type: ignore[union-attr]
+    cores = usage.cores()
+    drained = stack.wait_idle(900)
+    sent = sum(one["points"] for one in found)
+    late = np.concatenate([one["lags"] for one in found])
+    yield printed(f"{what}: points per second sent", sent / max(one["seconds"] for one in found), "1/s")
+    yield at_most(f"{what}: points lost or doubled", abs(sent - _stored(stack, tickets)), 0)
+    yield at_most(f"{what}: lag until accepted, p99 (bounded)", float(np.quantile(late, 0.99)), BOUND, "s")
+    yield printed(f"{what}: lag until accepted, median", float(np.median(late)), "s")
+    yield printed(f"{what}: lag until accepted, at the end", max(one["lags"][-1] for one in found), "s")
+    yield printed(f"{what}: not committed, highest", max(lags, default=0) / 1e6, "MB")
+    yield printed(f"{what}: all committed after the last was sent", drained, "s")
+    for name in cores:
+        yield printed(f"{what}: {name}, highest memory", usage.peak_mb[name], "MB")
+        yield printed(f"{what}: {name}, CPU", cores[name], "cores")
+
+
+def _stored(stack: BenchStack, tickets: list[tuple[str, int]]) -> int:
+    import psycopg
+
+    from orchestrator.backends.postgres import conninfo
+
+    query = "SELECT coalesce(sum(n), 0) FROM metric_chunks JOIN runs ON number = run_number WHERE id = ANY(%s)"
+    with psycopg.connect(conninfo(stack.stack.database_url)) as connection:
+        return connection.execute(query, [[run for run, _ in tickets]]).fetchone()[0]  # type: ignore[index]
+
+
+# -- in a simulating process
+
+
+class Simulated:
+    """One producer: numbers its points and packs them."""
+
+    def __init__(self, run: str, attempt: int) -> None:
+        self.producer, self.run, self.attempt, self.sent = uuid.uuid4().hex, run, attempt, 0
+
+    def frame(self, payload: bytes, count: int) -> bytes:
+        first, self.sent = self.sent + 1, self.sent + count
+        return Batch(
+            producer=self.producer, run=self.run, attempt=self.attempt, rank=0, stream=Stream.points, first=first,
+            count=count, keys=KEYS, payload=payload,
+        ).encode()  # fmt: skip
+
+
+def _simulate(home: str, file: str, points: int, period: float, seconds: int, group: int) -> None:
+    """Every producer pushes once per period; `group` of them (what one agent would find in its spools) per call."""
+    from orchestrator.execution.connection import connect
+    from orchestrator.stack import Stack
+
+    tracker = connect(Stack.load(Path(home)))
+    producers = [Simulated(run, attempt) for run, attempt in json.loads(Path(file).read_text())]
+    groups = [producers[start : start + group] for start in range(0, len(producers), group)]
+    payload = np.zeros(points, POINT)
+    payload["key"] = np.arange(points) % len(KEYS)
+    random = np.random.default_rng(7)
+    lags: list[float] = []
+
+    def push(due: float, frames: list[bytes], last: dict[str, int]) -> None:
+        while True:
+            try:
+                acks = tracker.push(frames)
+            except (ConnectionError, TimeoutError):
+                continue  # as an agent does; it shows as lag
+            told = {ack.producer: ack.accepted for ack in acks}
+            if all(told.get(producer, -1) >= seq for producer, seq in last.items()):
+                lags.append(time.monotonic() - due)
+                return
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began = time.monotonic()
+    rounds = max(round(seconds / period), 1)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = []
+        for step in range(rounds):
+            payload["step"] = step * (points // len(KEYS)) + np.arange(points) // len(KEYS)
+            payload["value"] = random.standard_normal(points)
+            for number, members in enumerate(groups):
+                due = began + (step + number / len(groups)) * period
+                time.sleep(max(due - time.monotonic(), 0.0))
+                payload["time"] = time.time()
+                data = payload.tobytes()
+                frames = [member.frame(data, points) for member in members]
+                last = {member.producer: member.sent for member in members}
+                waiting.append(pool.submit(push, due, frames, last))
+            waiting = [future for future in waiting if not future.done() or future.result()]
+        for future in waiting:
+            future.result()
+    sent = sum(producer.sent for producer in producers)
+    print(json.dumps({"points": sent, "seconds": time.monotonic() - began, "lags": lags}))
+
+
+if __name__ == "__main__":
+    _simulate(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]))
