@@ -162,7 +162,7 @@ class Node:
     def rung(self) -> list[int]:
         """The bells that were rung since the last call. They are silenced before anybody looks at the producers, so
         that one that logs meanwhile is heard the next time."""
-        numbers = np.flatnonzero(self._bells)
+        numbers = np.flatnonzero(self._bells.copy())  # of a copy: numpy raises when they are rung while it looks
         self._bells[numbers] = 0
         return numbers.tolist()
 

@@ -6,13 +6,14 @@ Each simulating process is a Ray client that makes the calls a node agent makes 
 
 from __future__ import annotations
 
+import heapq
 import json
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from orchestrator.records import POINT, Batch, Stream
 
 KEYS = tuple(f"train/metric_{number}" for number in range(10))
 PROCESSES = 2
+IN_FLIGHT = 8
+"""Pushes of each process at once."""
 LEASE, BEAT = 120.0, 30.0
 """Seconds that a run may be silent, and between two signs of life of all of them."""
 BOUND = 5.0
@@ -126,66 +129,92 @@ def _stored(stack: BenchStack, tickets: list[tuple[str, int]]) -> int:
 # -- in a simulating process
 
 
-class Simulated:
-    """One producer: numbers its points and packs them."""
+class Agent:
+    """What one agent finds in its spools: some producers, each with `points` new points per period. One push at a time;
+    what comes meanwhile goes with the next, as a shipper does it."""
 
-    def __init__(self, run: str, attempt: int) -> None:
-        self.producer, self.run, self.attempt, self.sent = uuid.uuid4().hex, run, attempt, 0
+    def __init__(self, runs: list[tuple[str, int]], points: int, period: float, first_due: float) -> None:
+        self.producers = [(uuid.uuid4().hex, run, attempt) for run, attempt in runs]
+        self.points, self.period, self.first_due = points, period, first_due
+        self.pushed = 0
+        """Periods."""
 
-    def frame(self, payload: bytes, count: int) -> bytes:
-        first, self.sent = self.sent + 1, self.sent + count
-        return Batch(
-            producer=self.producer, run=self.run, attempt=self.attempt, rank=0, stream=Stream.points, first=first,
-            count=count, keys=KEYS, payload=payload,
-        ).encode()  # fmt: skip
+    def due(self) -> float:
+        return self.first_due + self.pushed * self.period
+
+    def frames(self, payload: np.ndarray, now: float, last: int) -> tuple[list[bytes], int]:
+        """Everything that is due, at most 32 periods, and how many periods that is."""
+        periods = min(int((now - self.due()) / self.period) + 1, last - self.pushed, 32)
+        count = periods * self.points
+        mine = np.tile(payload, periods)
+        mine["step"] = self.pushed * self.points // len(KEYS) + np.arange(count) // len(KEYS)
+        mine["time"] = time.time()
+        data, first = mine.tobytes(), self.pushed * self.points + 1
+        return [
+            Batch(
+                producer=producer, run=run, attempt=attempt, rank=0, stream=Stream.points, first=first, count=count,
+                keys=KEYS, payload=data,
+            ).encode()
+            for producer, run, attempt in self.producers
+        ], periods  # fmt: skip
 
 
 def _simulate(home: str, file: str, points: int, period: float, seconds: int, group: int) -> None:
-    """Every producer pushes once per period; `group` of them (what one agent would find in its spools) per call."""
+    """Every agent has `group` producers."""
     from orchestrator.execution.connection import connect
     from orchestrator.stack import Stack
 
     tracker = connect(Stack.load(Path(home)))
-    producers = [Simulated(run, attempt) for run, attempt in json.loads(Path(file).read_text())]
-    groups = [producers[start : start + group] for start in range(0, len(producers), group)]
+    runs = [(run, attempt) for run, attempt in json.loads(Path(file).read_text())]
     payload = np.zeros(points, POINT)
     payload["key"] = np.arange(points) % len(KEYS)
-    random = np.random.default_rng(7)
-    lags: list[float] = []
-
-    def push(due: float, frames: list[bytes], last: dict[str, int]) -> None:
-        while True:
-            try:
-                acks = tracker.push(frames)
-            except (ConnectionError, TimeoutError):
-                continue  # as an agent does; it shows as lag
-            told = {ack.producer: ack.accepted for ack in acks}
-            if all(told.get(producer, -1) >= seq for producer, seq in last.items()):
-                lags.append(time.monotonic() - due)
-                return
-
+    payload["value"] = np.random.default_rng(7).standard_normal(points)
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.monotonic()
     rounds = max(round(seconds / period), 1)
-    with ThreadPoolExecutor(8) as pool:
-        waiting = []
-        for step in range(rounds):
-            payload["step"] = step * (points // len(KEYS)) + np.arange(points) // len(KEYS)
-            payload["value"] = random.standard_normal(points)
-            for number, members in enumerate(groups):
-                due = began + (step + number / len(groups)) * period
-                time.sleep(max(due - time.monotonic(), 0.0))
-                payload["time"] = time.time()
-                data = payload.tobytes()
-                frames = [member.frame(data, points) for member in members]
-                last = {member.producer: member.sent for member in members}
-                waiting.append(pool.submit(push, due, frames, last))
-            waiting = [future for future in waiting if not future.done() or future.result()]
-        for future in waiting:
-            future.result()
-    sent = sum(producer.sent for producer in producers)
-    print(json.dumps({"points": sent, "seconds": time.monotonic() - began, "lags": lags}))
+    starts = range(0, len(runs), group)
+    waiting = [
+        (began + start / len(runs) * period, number, Agent(runs[start : start + group], points, period, 0.0))
+        for number, start in enumerate(starts)
+    ]
+    for due, _, agent in waiting:
+        agent.first_due = due
+    heapq.heapify(waiting)
+    lock, lags = threading.Lock(), []
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                due, number, agent = heapq.heappop(waiting)
+            time.sleep(max(due - time.monotonic(), 0.0))
+            frames, periods = agent.frames(payload, time.monotonic(), rounds)
+            _push(tracker, frames, [producer for producer, _, _ in agent.producers], (agent.pushed + periods) * points)
+            lags.append(time.monotonic() - due)
+            agent.pushed += periods
+            if agent.pushed < rounds:
+                with lock:
+                    heapq.heappush(waiting, (agent.due(), number, agent))
+
+    threads = [threading.Thread(target=work) for _ in range(IN_FLIGHT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps({"points": rounds * points * len(runs), "seconds": time.monotonic() - began, "lags": lags}))
+
+
+def _push(tracker: Any, frames: list[bytes], producers: list[str], seq: int) -> None:
+    """Until everything is accepted; what fails is tried again, as an agent does, and shows as lag."""
+    while True:
+        try:
+            told = {ack.producer: ack.accepted for ack in tracker.push(frames)}
+        except (ConnectionError, TimeoutError):
+            continue
+        if all(told.get(producer, -1) >= seq for producer in producers):
+            return
 
 
 if __name__ == "__main__":
