@@ -17,6 +17,7 @@ import pytest
 from orchestrator.records import Stream
 from orchestrator.tracking.logger import Logger
 from orchestrator.tracking.spool import SEGMENT_POINTS, SpoolReader
+from orchestrator.tracking.spool_root import Node
 from tests.plugins.spool_contents import FACTS, POINTS, facts_of, left_spool, logged, points_of, readers, wanted
 
 
@@ -223,3 +224,17 @@ def test_threads_that_come_and_go_leave_nothing_open(tmp_path: Path, logger: Log
         thread.join()
     found = sorted(len(logged(reader)) for reader in readers(tmp_path))
     assert found == [0, 50], "one spool, one thread after the other"
+
+
+def test_bells_may_ring_while_the_agent_listens(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    child = os.fork()
+    if child == 0:
+        bells = Node(tmp_path)._bells
+        while True:
+            bells[::97] ^= 1
+    try:
+        assert any(node.rung() for _ in range(5000))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

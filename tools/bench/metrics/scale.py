@@ -99,7 +99,8 @@ def _played(
         lags.append(stack.tracker.health()["lag_bytes"])
         tell(f"{what}: {lags[-1] / 1e6:,.0f} MB to commit")
         time.sleep(2)
-    found: list[dict[str, Any]] = [json.loads(process.stdout.read()) for process in processes]  # type: ignore[union-attr]
+    files = (stack.directory / f"tickets-{number}.found" for number in range(PROCESSES))
+    found: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     cores = usage.cores()
     drained = stack.wait_idle(900)
     sent = sum(one["points"] for one in found)
@@ -121,7 +122,7 @@ def _stored(stack: BenchStack, tickets: list[tuple[str, int]]) -> int:
 
     from orchestrator.backends.postgres import conninfo
 
-    query = "SELECT coalesce(sum(n), 0) FROM metric_chunks JOIN runs ON number = run_number WHERE id = ANY(%s)"
+    query = "SELECT coalesce(sum(n), 0) FROM metric_chunks JOIN runs ON runs.number = run_number WHERE runs.id = ANY(%s)"
     with psycopg.connect(conninfo(stack.stack.database_url)) as connection:
         return connection.execute(query, [[run for run, _ in tickets]]).fetchone()[0]  # type: ignore[index]
 
@@ -203,7 +204,8 @@ def _simulate(home: str, file: str, points: int, period: float, seconds: int, gr
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps({"points": rounds * points * len(runs), "seconds": time.monotonic() - began, "lags": lags}))
+    found = {"points": rounds * points * len(runs), "seconds": time.monotonic() - began, "lags": lags}
+    Path(file).with_suffix(".found").write_text(json.dumps(found))
 
 
 def _push(tracker: Any, frames: list[bytes], producers: list[str], seq: int) -> None:
