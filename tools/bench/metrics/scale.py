@@ -122,7 +122,9 @@ def _stored(stack: BenchStack, tickets: list[tuple[str, int]]) -> int:
 
     from orchestrator.backends.postgres import conninfo
 
-    query = "SELECT coalesce(sum(n), 0) FROM metric_chunks JOIN runs ON runs.number = run_number WHERE runs.id = ANY(%s)"
+    query = (
+        "SELECT coalesce(sum(n), 0) FROM metric_chunks JOIN runs ON runs.number = run_number WHERE runs.id = ANY(%s)"
+    )
     with psycopg.connect(conninfo(stack.stack.database_url)) as connection:
         return connection.execute(query, [[run for run, _ in tickets]]).fetchone()[0]  # type: ignore[index]
 
