@@ -197,6 +197,8 @@ class Ack:
     """Everything up to here is in a PostgreSQL commit."""
     stop: bool = False
     """The run was asked to stop (`orc cancel`)."""
+    watched: bool = False
+    """Somebody looks at the run's newest values now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@
 | `orc:run:<id>:changes` | capped stream; entries with `state`, `values` (a list) and, if they changed, `checkpoints` |
 | `orc:sweep:<id>` | hash: the state of each of its runs |
 | `orc:sweep:<id>:changes` | capped stream; the entries of its runs, with `run` |
+| `orc:watched:<id>` | there as long as somebody follows the run |
 | `orc:publisher:<token>` | there as long as Redis has what that tracker wrote |
 
 Everything has a TTL. JSON is as in `orchestrator/live_records.py`; what is no such JSON is left out when it is read.
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 TTL = 24 * 3600
 TIMEOUT = 0.5
 """Seconds in which it answers or counts as away."""
+WATCHED = 5
+"""Seconds for which a run counts as followed after a question for its changes."""
 SLICE = 1.0
 """Seconds that one question for changes waits in Redis; a server that hangs is noticed after that."""
 CHANGES = 1_000
@@ -116,6 +119,14 @@ class LiveRedis:
         states = ((run, state_from(loaded(answer))) for run, answer in zip(runs, answers, strict=True))
         return {run: state for run, state in states if state is not None}
 
+    def watched(self, runs: Sequence[str]) -> frozenset[str]:
+        """Those that somebody follows."""
+        if not runs:
+            return frozenset()
+        with self._writing:
+            answers = self._sent([_packed("EXISTS", _watched_key(run)) for run in runs])
+        return frozenset(run for run, answer in zip(runs, answers, strict=True) if answer)
+
     def _sent(self, commands: Sequence[bytes]) -> list[Any]:
         answers = self._answers(commands)
         for answer in answers:
@@ -158,6 +169,7 @@ class LiveRedis:
         """What changed after `cursor`; waits for it at most `wait` seconds. None when Redis does not know the run."""
         entries: list[Any] = []
         while True:
+            self._asked(("SET", _watched_key(run), 1, "EX", WATCHED))
             span = min(wait, SLICE)
             words = ["COUNT", READ_AT_ONCE, *(["BLOCK", max(1, int(span * 1000))] if span > 0 else [])]
             entries = self._read_stream(words, run, cursor)
@@ -193,6 +205,10 @@ class LiveRedis:
 
 def _run_key(run: str) -> str:
     return f"orc:run:{run}"
+
+
+def _watched_key(run: str) -> str:
+    return f"orc:watched:{run}"
 
 
 def _changes_key(run: str) -> str:

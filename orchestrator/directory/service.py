@@ -58,7 +58,7 @@ class Feed(Protocol):
 
 @dataclass(kw_only=True)
 class DirectoryConfig:
-    interval: float = 1.0
+    interval: float = 2.0
     """Pause between steps."""
     while_running: float = 60.0
     """Least time between two records of a run that goes on."""

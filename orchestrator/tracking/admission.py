@@ -139,14 +139,14 @@ class Admission:
         for standing, stream, mark in marks:
             standing.accepted[stream] = max(standing.accepted[stream], mark)
 
-    def ack(self, producer: str, stream: Stream, *, stop: bool) -> Ack | None:
+    def ack(self, producer: str, stream: Stream, *, stop: bool, watched: bool = False) -> Ack | None:
         """None: nothing is known of it; it asks again."""
         standing = self._standings.get(producer)
         if standing is None or standing.accepted[stream] == UNKNOWN:
             return None
         accepted = standing.accepted[stream]
         committed = min(max(standing.committed[stream], 0), accepted)
-        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=stop)
+        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=stop, watched=watched)
 
     def heard(self, producers: Iterable[str], now: float) -> None:
         for producer in producers:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -44,6 +44,8 @@ most a seventh of it."""
 LONGEST_PAUSE = 2.0
 AT_ONCE = 5_000
 """Values in one publication; the rest waits, and what is newer by then replaces it."""
+WATCHED = 5.0
+"""Seconds for which a run counts as followed after somebody was seen to follow it."""
 LOOK = 1.0
 """Seconds between two looks whether Redis lost everything, when there is nothing to write."""
 
@@ -74,6 +76,10 @@ class LiveSink(Protocol):
 
     def recall(self, runs: Sequence[str]) -> Mapping[str, LiveState]:
         """What was written of them before, by this tracker or another one."""
+        ...
+
+    def watched(self, runs: Sequence[str]) -> Collection[str]:
+        """Those that somebody follows now."""
         ...
 
     def close(self) -> None: ...
@@ -108,6 +114,7 @@ class LiveValues:
         self._series = 0
         self._changed: dict[str, set[Series] | None] = {}
         """What is to be published, oldest first; None: everything of the run."""
+        self._watched: dict[str, float] = {}
         self._lock = threading.Lock()
 
     # -- what comes in
@@ -233,6 +240,16 @@ class LiveValues:
                     )
                 )
         return found
+
+    def is_watched(self, run: str) -> bool:
+        """Somebody follows it: what is new should come soon."""
+        return self._watched.get(run, 0.0) > time.monotonic()
+
+    def watch(self, runs: Collection[str]) -> None:
+        """These are followed now."""
+        now = time.monotonic()
+        still = {run: until for run, until in self._watched.items() if until > now}
+        self._watched = still | dict.fromkeys(runs, now + WATCHED)
 
     def has_changes(self) -> bool:
         return bool(self._changed)
@@ -386,6 +403,7 @@ class LivePublisher:
                 self._live.recalled(unplanned, self._sink.recall(unplanned))
             changes = self._live.changes(AT_ONCE)
             is_whole = self._sink.write(changes, self._token)
+            self._live.watch(self._sink.watched([change.run for change in changes]))
         except Exception as error:  # whatever it is, watchers must not end the thread
             if self._breaker.failed(now):
                 logger.warning("Redis does not take live values (%s); watchers ask the database meanwhile", error)

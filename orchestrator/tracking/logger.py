@@ -217,7 +217,9 @@ class Logger:
     def _wait(self, reached: Any, timeout: float) -> bool:
         self._record(self._deferred.all())
         deadline = time.monotonic() + timeout
-        while not all(reached(spool) for spool in self._all):
+        while late := [spool for spool in self._all if not reached(spool)]:
+            for spool in late:
+                spool.hurry()
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)

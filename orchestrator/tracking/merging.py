@@ -39,7 +39,7 @@ class Source(Protocol):
 class MergeConfig:
     head_start: float = 10.0
     """Given to readers when `run` begins: whoever was away for a day says first that it lives, and is waited for."""
-    interval: float = 1.0
+    interval: float = 5.0
     """Pause between steps when nothing is due."""
     budget: float = 2.0
     """A step begins no further transaction after so many seconds."""

@@ -42,6 +42,10 @@ TIDY = 60.0
 """Seconds between two looks for producers that need not be remembered."""
 TOLD = 0.05
 """Seconds for which a push waits for what another thread asks the database."""
+COLLECT = 1.0
+"""Seconds between two small commits while points trickle in: a transaction costs about the same for few as for many, and
+the machine has something better to do. Facts do not wait, nor does much."""
+COLLECT_POINTS = 1 << 15
 FIND = 10.0
 """Seconds between two looks for attempts that nobody here has heard of."""
 
@@ -95,6 +99,8 @@ class TrackerService:
         self._publisher = LivePublisher(self._live, lambda: open_live(redis_url)) if redis_url else None
         self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap, self._on_piece)
         self._stopped = threading.Event()
+        self._arrived, self._hurries = threading.Event(), threading.Event()
+        """Something is accepted; and it should be committed at once."""
         self._threads: list[threading.Thread] = []
         self._refused = self._damaged = 0
         self._is_doubtful = False
@@ -108,17 +114,18 @@ class TrackerService:
     def start(self) -> None:
         # The committer computes. Who waits for an acknowledgement must not wait 5 ms for the interpreter each time.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH))
-        for name, step, pause in (("committer", self.commit_step, 0.02), ("leases", self.lease_step, 1.0)):
-            thread = threading.Thread(target=self._repeat, args=(name, step, pause), name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        loops = {"committer": self._commit_loop, "leases": self._lease_loop}
         if self._publisher is not None:
-            thread = threading.Thread(target=self._publisher.run, name="live", daemon=True)
+            loops["live"] = self._publisher.run
+        for name, loop in loops.items():
+            thread = threading.Thread(target=loop, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def stop(self) -> None:
         self._stopped.set()
+        self._hurries.set()
+        self._arrived.set()
         if self._publisher is not None:
             self._publisher.stop()
         for thread in self._threads:
@@ -126,18 +133,33 @@ class TrackerService:
         self._log.close()
         self._store.close()
 
-    def _repeat(self, name: str, step: Callable[[], bool], pause: float) -> None:
+    def _commit_loop(self) -> None:
+        """Commits what arrives: at once what came after a second of silence, every second what trickles in."""
         while not self._stopped.is_set():
-            try:
-                moved = step()
-            except Exception:
-                # A defect must not end the loop: what is accepted stays in the log and is tried again.
-                logger.exception("the tracker's %s failed; trying again", name)
-                moved, wait = False, 1.0
+            self._arrived.clear()
+            self._hurries.clear()
+            began = self._clock.monotonic()
+            if self._safely("committer", self.commit_step):
+                if self._progress.lag_points() < COLLECT_POINTS:
+                    self._hurries.wait(max(began + COLLECT - self._clock.monotonic(), 0.0))
+            elif self._committer.is_done:
+                self._arrived.wait(COLLECT)
             else:
-                wait = pause if not self._committer.failure else max(pause, 0.5)
-            if not moved:
-                self._pause(wait)
+                self._stopped.wait(0.5)  # the database is away
+
+    def _lease_loop(self) -> None:
+        while not self._stopped.is_set():
+            self._safely("leases", self.lease_step)
+            self._pause(1.0)
+
+    def _safely(self, name: str, step: Callable[[], bool]) -> bool:
+        """What `step` gives. A defect must not end the loop: what is accepted stays in the log and is tried again."""
+        try:
+            return step()
+        except Exception:
+            logger.exception("the tracker's %s failed; trying again", name)
+            self._stopped.wait(1.0)
+            return False
 
     def _pause(self, seconds: float) -> None:
         """A pause that took far too long says that this process or its host stood still. Nobody could be heard
@@ -237,6 +259,9 @@ class TrackerService:
         with self._ingest_lock:
             self._admission.accepted(marks)
             self._progress.accepted(points, self._log.synced, self._clock.monotonic())
+        if self._progress.lag_points() >= COLLECT_POINTS or any(batch.stream is Stream.facts for batch in taken):
+            self._hurries.set()
+        self._arrived.set()
 
     def _end(self, error: OSError) -> NoReturn:
         logger.critical("the tracker's log cannot be synced (%s); exiting", error)
@@ -284,7 +309,9 @@ class TrackerService:
 
     def _acks(self, asked: Iterable[tuple[str, Stream, AttemptId]]) -> list[Ack]:
         found = (
-            self._admission.ack(producer, stream, stop=self._should_stop(attempt))
+            self._admission.ack(
+                producer, stream, stop=self._should_stop(attempt), watched=self._live.is_watched(attempt[0])
+            )
             for producer, stream, attempt in asked
         )
         return [ack for ack in found if ack is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
@@ -135,8 +136,15 @@ class Shipper:
     now and then, a few per round, so that dead ones are found and nothing depends on a bell.
     """
 
-    PAUSE = 0.03
-    """Seconds between two rounds when there is nothing to send."""
+    PAUSE, PAUSE_WATCHED = 1.0, 0.1
+    """Seconds between two rounds. Each costs the tracker an fsync and the machine, which trains, a millisecond or two:
+    they are rare while nobody looks. Who waits (facts, a flush) is in a hurry and not kept waiting."""
+    TICK = 0.05
+    """Seconds between two looks whether somebody is in a hurry."""
+    WATCHED = 5.0
+    """Seconds of quicker rounds after the tracker told that a run is watched."""
+    AT_ONCE_BYTES = 256 << 10
+    """After a round that moved so much there is probably more, and the next one comes without a pause."""
     STANDBY = 0.5
     """Seconds between looks whether it is this one's turn."""
     ROUND_BYTES = 8 << 20
@@ -144,11 +152,14 @@ class Shipper:
     LEAST_TURN = 2048
     """Points that one producer sends at a time, at least, if it has them."""
     ASK = 0.1
-    """Seconds between two questions to the tracker about producers that have nothing new to send, and between two
-    rounds of visits."""
-    VISITS = 60
-    WAITING_ASKED, IDLE_ASKED = 1000, 300
-    """Producers that wait for commits, and attempts that may be told to stop, in one question."""
+    """Seconds, at least, between two questions to the tracker about producers that have nothing new to send, and between
+    two rounds of visits."""
+    VISITS = 600
+    """Per second."""
+    WAITING_ASKED, IDLE_ASKED = 10_000, 3_000
+    """Producers that wait for commits, and attempts that may be told to stop, in the questions of a second."""
+    SHARE = 1.0
+    """At most so many seconds' worth of visits and questions come in one round."""
     MOST_AWAKE = 256
     """Spools whose counters stay mapped; each takes a descriptor."""
     REST = 10.0
@@ -192,6 +203,9 @@ class Shipper:
         self._held_bytes = 0
         """By all spools."""
         self._is_disk_full = False
+        self._watched_until = -1.0
+        self._sent_bytes = 0
+        """In the last round."""
         self.failures = 0
         """Pushes in a row that failed."""
         self.shipped = 0
@@ -208,8 +222,8 @@ class Shipper:
                 if troubles == 1 or troubles % 100 == 0:
                     logger.exception("shipping failed %d times in a row; trying again", troubles)
                 moved = False
-            if not moved:
-                self._stop.wait(max(self._pause(), min(0.1 * troubles, 5.0)))
+            if not (moved and self._sent_bytes >= self.AT_ONCE_BYTES):
+                self._wait(max(self._pause(), min(0.1 * troubles, 5.0)), is_patient=bool(troubles or self.failures))
         self._turn.end()
 
     def stop(self) -> None:
@@ -218,7 +232,16 @@ class Shipper:
     def _pause(self) -> float:
         if not self.is_shipping:
             return self.STANDBY
-        return self.PAUSE if self.failures == 0 else min(0.2 * 2 ** min(self.failures, 5), 5.0)
+        if self.failures:
+            return min(0.2 * 2 ** min(self.failures, 5), 5.0)
+        return self.PAUSE_WATCHED if self._clock.monotonic() < self._watched_until else self.PAUSE
+
+    def _wait(self, seconds: float, *, is_patient: bool) -> None:
+        """Until then, or, unless there is trouble, until somebody is in a hurry."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._stop.wait(min(left, self.TICK)):
+            if not is_patient and self._node is not None and self._node.is_hurried():
+                break
 
     def step(self) -> bool:
         """One round. True if something was taken, so that there may be more to send at once."""
@@ -227,15 +250,17 @@ class Shipper:
         now = self._clock.monotonic()
         self._discover(now)
         self._listen(now)
-        is_time = now - self._asked >= self.ASK or self._asked < 0
-        if is_time:
+        since = self.SHARE if self._asked < 0 else now - self._asked
+        share = min(since, self.SHARE) if since >= self.ASK else 0.0
+        if share:
             self._asked = now
-            self._visit(now)
+            self._visit(now, share)
         batches = self._collect(now)
+        self._sent_bytes = sum(len(batch.payload) for batch in batches)
         try:
             acks = self._tracker.push([batch.encode() for batch in batches]) if batches else []
-            if is_time:
-                acks = [*acks, *self._ask()]
+            if share:
+                acks = [*acks, *self._ask(share)]
         except (ConnectionError, TimeoutError) as error:
             self.failures += 1
             if self.failures in (1, 20):
@@ -336,9 +361,9 @@ class Shipper:
             for name, spool in self._by_bell.get(bell, {}).items():
                 self._ready.setdefault(name, spool)
 
-    def _visit(self, now: float) -> None:
+    def _visit(self, now: float, share: float) -> None:
         """Some of the spools, each in its turn: is there something new, is the producer dead, may it rest?"""
-        for _ in range(min(self.VISITS, len(self._visits))):
+        for _ in range(min(math.ceil(self.VISITS * share), len(self._visits))):
             name = self._visits.popleft()
             spool = self._spools.get(name)
             if spool is None:
@@ -458,16 +483,16 @@ class Shipper:
             if spool is None:
                 continue
             spool.due = now if name in moved else now + spool.pause
-            spool.pause = 0.0 if name in moved else min(max(2 * spool.pause, self.PAUSE), self.MOST_PAUSE)
+            spool.pause = 0.0 if name in moved else min(max(2 * spool.pause, 0.03), self.MOST_PAUSE)
             self._ready.pop(name, None)
             self._ready[name] = spool
 
-    def _ask(self) -> list[Ack]:
+    def _ask(self, share: float) -> list[Ack]:
         """Where producers stand that wait for commits; and, one producer for each, whether attempts shall stop."""
         asked: dict[str, _Spool] = {}
-        for name in list(self._waiting)[: self.WAITING_ASKED]:
+        for name in list(self._waiting)[: math.ceil(self.WAITING_ASKED * share)]:
             asked[name] = self._waiting[name] = self._waiting.pop(name)
-        for _ in range(min(self.IDLE_ASKED, len(self._idle))):
+        for _ in range(min(math.ceil(self.IDLE_ASKED * share), len(self._idle))):
             attempt = self._idle.popleft()
             if members := self._by_attempt.get(attempt):
                 self._idle.append(attempt)
@@ -480,6 +505,8 @@ class Shipper:
             spool = self._spools.get(ack.producer)
             if spool is None:
                 continue
+            if ack.watched:
+                self._watched_until = self._clock.monotonic() + self.WATCHED
             try:
                 spool.reader.acknowledge(ack.stream, ack.accepted, ack.committed)
                 if ack.stop:

@@ -20,7 +20,7 @@ from orchestrator.errors import OrchestratorError
 _HEAD_BYTES = 4096
 _BELLS = 1 << 16
 _BELLS_BYTES = _BELLS * 8
-_USED, _BUDGET = 0, 1
+_USED, _BUDGET, _HURRY = 0, 1, 2
 
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "glusterfs", "ceph", "beegfs", "fuse.sshfs"}
@@ -125,16 +125,24 @@ def _bell_number(producer: str) -> int:
 
 
 class Bell:
-    """A producer's: `words[0] = 1` rings it."""
+    """A producer's: `words[0] = 1` rings it. `hurry()`: and somebody waits, the agent is to come at once."""
 
     def __init__(self, root: Path, producer: str) -> None:
+        path = _node_file(root)
         page, place = divmod(_HEAD_BYTES + 8 * _bell_number(producer), mmap.PAGESIZE)
-        self._map = map_file(_node_file(root), mmap.PAGESIZE, page * mmap.PAGESIZE)
+        self._map = map_file(path, mmap.PAGESIZE, page * mmap.PAGESIZE)
         self.words = memoryview(self._map).cast("Q")[place // 8 : place // 8 + 1]
+        self._head_map = map_file(path, mmap.PAGESIZE)
+        self._head = memoryview(self._head_map).cast("Q")
+
+    def hurry(self) -> None:
+        self.words[0] = 1
+        self._head[_HURRY] = 1
 
     def close(self) -> None:
-        self.words.release()
-        self._map.close()
+        for words, mapped in ((self.words, self._map), (self._head, self._head_map)):
+            words.release()
+            mapped.close()
 
 
 def room_left(root: Path) -> int | None:
@@ -152,7 +160,7 @@ class Node:
 
     def __init__(self, root: Path) -> None:
         self._map = map_file(_node_file(root), _HEAD_BYTES + _BELLS_BYTES)
-        self._head = np.frombuffer(self._map, np.uint64, 2)
+        self._head = memoryview(self._map).cast("Q")
         self._bells = np.frombuffer(self._map, np.uint64, _BELLS, _HEAD_BYTES)
 
     @staticmethod
@@ -166,5 +174,12 @@ class Node:
         self._bells[numbers] = 0
         return numbers.tolist()
 
+    def is_hurried(self) -> bool:
+        """Whether a producer waits to be looked at, since the last call."""
+        if not self._head[_HURRY]:
+            return False
+        self._head[_HURRY] = 0
+        return True
+
     def tell(self, used_bytes: int, budget_bytes: int) -> None:
-        self._head[:] = used_bytes, budget_bytes
+        self._head[_USED], self._head[_BUDGET] = used_bytes, budget_bytes

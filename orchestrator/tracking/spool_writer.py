@@ -176,6 +176,7 @@ class SpoolWriter:
 
     def _next_segment(self, step: int) -> bool:
         number, told = self._number + 1, False
+        self.bell.hurry()  # a segment is much: it is shipped now, or there is no room soon
         while True:
             mapped = self._new_segment(number) if self._is_due() else None
             if self._number >= number:
@@ -318,7 +319,7 @@ class SpoolWriter:
         self._facts_logged = number
         self.words[layout.FACTS] = number
         self.words[layout.FACTS + 1] = layout.inverted(number)
-        self.bell_words[0] = 1
+        self.bell.hurry()
 
     # -- what the agent says back
 
@@ -337,6 +338,10 @@ class SpoolWriter:
     @property
     def stop_requested(self) -> bool:
         return self.words[layout.STOP] == layout.STOP_MARK
+
+    def hurry(self) -> None:
+        """Somebody waits for what was logged: the agent is to look at once."""
+        self.bell.hurry()
 
     def is_accepted(self) -> bool:
         """Everything logged so far is fsynced in the tracker's log."""
@@ -358,7 +363,7 @@ class SpoolWriter:
         self._say_dropped()
         self.words[layout.POSITION] = self.base + self.offset
         self._seal_rest()
-        self.bell_words[0] = 1
+        self.bell.hurry()
         self.segment.release()
         self.words.release()
         for mapped in (self._map, self._control, self.bell):

@@ -181,7 +181,9 @@ def test_values_are_there_with_everything_about_them_and_go_by_themselves(server
 def test_changes_are_told_in_order_and_waited_for(server: OwnRedis) -> None:
     run, reader = uuid.uuid4().hex, open_live(server.url)
     assert reader.read(run) is None
+    assert reader.watched([run]) == frozenset()
     assert reader.changes(run, "0-0", 0.0) is None
+    assert reader.watched([run, "another"]) == {run}
     with publishing(server.url) as live:
         live.take(batch(1.0, run=run))
         within(lambda: newest(server.url, run) == 1.0)

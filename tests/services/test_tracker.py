@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator import disk
-from orchestrator.clock import ManualClock
+from orchestrator.clock import ManualClock, SystemClock
 from orchestrator.errors import RunIsActive, ServiceUnavailable
 from orchestrator.records import Ack, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import migrate
 from orchestrator.store.store import Store
 from orchestrator.tracking.admission import QUIET
 from orchestrator.tracking.logger import Logger
-from orchestrator.tracking.service import TIDY, TrackerService
+from orchestrator.tracking.service import COLLECT_POINTS, TIDY, TrackerService
 from orchestrator.tracking.shipper import Shipper
 from orchestrator.tracking.spool import spools
 from tests.plugins.producers import Producer
@@ -583,6 +584,42 @@ def test_what_waits_to_be_committed_is_told(world: World) -> None:
     world.settle()
     health = world.tracker.health()
     assert (health["lag_points"], health["lag_seconds"], health["lag_bytes"]) == (0, 0.0, 0)
+
+
+def test_small_commits_are_collected_and_facts_are_not_kept_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.tracking.service.COLLECT", 3600.0)
+    ticket = world.tracker.open_run(SPEC)
+    logger = world.logger(ticket)
+    monkeypatch.setattr(world.tracker, "_clock", SystemClock())
+    world.tracker.start()
+
+    def log(points: int) -> None:
+        for _ in range(points):
+            logger.log({"loss": 1.0})
+        world.shipper.step()
+
+    def are_stored(points: int, seconds: float = 20.0) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if len(world.store.points(ticket.run, "loss").steps) == points:
+                return True
+            time.sleep(0.02)
+        return False
+
+    log(1)
+    assert are_stored(1), "what comes after silence is committed at once"
+    log(5)
+    assert not are_stored(6, seconds=0.4)
+    logger.fact(Fact(kind=FactKind.note, at=0.0, data={"text": "now"}))
+    world.shipper.step()
+    assert are_stored(6)
+    log(5)
+    assert not are_stored(11, seconds=0.4)
+    log(COLLECT_POINTS)
+    assert are_stored(11 + COLLECT_POINTS)
+    logger.close()
 
 
 def test_a_database_that_hung_ends_nobody_for_whom_no_tracker_could_vouch(

@@ -18,7 +18,7 @@ from orchestrator.live_records import LiveRun, LiveState, LiveValue
 from orchestrator.records import LOST, POINT, Batch, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.records import facts_payload as payload_of
 from orchestrator.tracking import live as module
-from orchestrator.tracking.live import LiveChange, LivePublisher, LiveValues, newest_points, planned
+from orchestrator.tracking.live import WATCHED, LiveChange, LivePublisher, LiveValues, newest_points, planned
 
 TICKET = RunTicket(run="r", name="n", experiment="e", attempt=1, directory="")
 
@@ -61,6 +61,7 @@ class Memory:
         self.error: Exception | None = None
         self.written = 0
         self.tokens: set[str] = set()
+        self.followed: set[str] = set()
 
     def write(self, changes: Sequence[LiveChange], token: str) -> bool:
         if self.error:
@@ -75,6 +76,9 @@ class Memory:
 
     def recall(self, runs: Sequence[str]) -> Mapping[str, LiveState]:
         return {run: self.states[run] for run in runs if run in self.states}
+
+    def watched(self, runs: Sequence[str]) -> set[str]:
+        return self.followed & set(runs)
 
     def forget(self) -> None:
         self.values, self.states, self.tokens = {}, {}, set()
@@ -251,6 +255,22 @@ def test_a_redis_that_forgot_everything_gets_it_again_also_of_a_quiet_run() -> N
     out.step(5.0)
     out.step(5.1)
     assert sink.values == {("r", "a", 0): 1.0}
+
+
+def test_runs_count_as_watched_while_somebody_follows_them_and_a_little_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("orchestrator.tracking.live.time.monotonic", lambda: now)
+    sink = Memory()
+    sink.followed = {"r"}
+    live, out = publisher(sink)
+    for run in ("r", "other"):
+        live.take(batch(("a", 1.0), run=run))
+    assert not live.is_watched("r")
+    out.step(now)
+    assert live.is_watched("r")
+    assert not live.is_watched("other")
+    now += WATCHED + 1
+    assert not live.is_watched("r")
 
 
 def test_nothing_is_written_while_nothing_changes() -> None:

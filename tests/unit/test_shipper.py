@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ class Tracker:
         self.pushed: list[list[Batch]] = []
         self.asked: list[list[str]] = []
         self.stopping: set[str] = set()
+        self.watched: set[str] = set()
         self.commits = True
         self.refused: set[str] = set()
 
@@ -43,7 +47,10 @@ class Tracker:
     def ack(self, producer: str, stream: Stream, run: str) -> Ack:
         accepted = self.accepted.get((producer, stream), 0)
         committed = accepted if self.commits else 0
-        return Ack(producer=producer, stream=stream, accepted=accepted, committed=committed, stop=run in self.stopping)
+        return Ack(
+            producer=producer, stream=stream, accepted=accepted, committed=committed, stop=run in self.stopping,
+            watched=run in self.watched,
+        )  # fmt: skip
 
     def points(self, producer: str) -> int:
         return self.accepted.get((producer, Stream.points), 0)
@@ -156,6 +163,55 @@ def test_what_the_tracker_does_not_take_is_offered_less_and_less_often(node: Nod
     node.tracker.refused = set()
     node.rounds(3)
     assert node.tracker.points(stray._spool.producer) == 1
+
+
+@contextmanager
+def shipping(root: Path, tracker: Tracker) -> Iterator[Shipper]:
+    shipper = Shipper(root, tracker)
+    thread = threading.Thread(target=shipper.run, daemon=True)
+    thread.start()
+    try:
+        yield shipper
+    finally:
+        shipper.stop()
+        thread.join(timeout=10)
+
+
+def test_what_trickles_in_comes_together_and_who_waits_is_served_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shipper, "PAUSE", 3600.0)
+    tracker = Tracker()
+    logger = Logger(tmp_path, run="r1", attempt=1, rank=0)
+    with shipping(tmp_path, tracker) as shipper:
+        logger.log({"a": 0.0})
+        assert logger.flush(30)
+        time.sleep(4 * shipper.TICK)  # the last word of the flush may be heard only now
+        for step in range(1000):
+            logger.log({"a": float(step)})
+        before = len(tracker.pushed)
+        time.sleep(4 * shipper.TICK)
+        assert len(tracker.pushed) == before  # nobody waits
+        assert logger.flush(30)
+        logger.fact(Fact(kind=FactKind.note, at=0.0, data={"text": "b"}))
+        assert logger.flush(30)
+    assert sum(batch.count for pushed in tracker.pushed for batch in pushed if batch.stream is Stream.points) == 1001
+    logger.close()
+
+
+def test_rounds_come_quicker_while_somebody_watches(node: Node) -> None:
+    logger = node.logger()
+    logger.log({"a": 1.0})
+    node.rounds(1)
+    assert node.shipper._pause() == Shipper.PAUSE
+    node.tracker.watched = {"r1"}
+    logger.log({"a": 1.0})
+    node.rounds(1)
+    assert node.shipper._pause() == Shipper.PAUSE_WATCHED
+    node.tracker.watched = set()
+    node.clock.advance(Shipper.WATCHED + 1)
+    assert node.shipper._pause() == Shipper.PAUSE
+    logger.close()
 
 
 def test_a_spool_goes_when_its_producer_is_gone_and_everything_is_committed(node: Node) -> None:

@@ -42,7 +42,7 @@ def main() -> int:
         "chart": lambda _: reading.chart(rounds),
         "agents": scale.agents,
         "runs": lambda stack: scale.runs(stack, arguments.runs, arguments.seconds),
-        "training": lambda stack: training.measure(stack, 2 * rounds + 1),
+        "training": lambda stack: training.measure(stack, 12 * rounds),
     }
     if len(wanted := arguments.only.split(",")) == 1:
         with BenchStack() as stack:
