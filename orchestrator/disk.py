@@ -77,13 +77,7 @@ def truncate(fd: int, size: int, path: str = "") -> None:
 
 
 def reserve(fd: int, size: int, path: str = "") -> None:
-    """Gives the file its blocks, with zeros in them: a full disk is an error here, not a SIGBUS at a later store into a
-    mapping, and such a store finds its page in memory (without the zeros each page's first one asks the file system,
-    60 µs in a training loop).
-    """
+    """Gives the file its blocks: a full disk is an error here, not a SIGBUS at a later store into a mapping."""
     if _watcher is not None:
         _watcher("fallocate", path)
     os.posix_fallocate(fd, 0, size)
-    offset = 0
-    while offset < size:
-        offset += os.pwrite(fd, bytes(min(size - offset, 1 << 20)), offset)

@@ -43,8 +43,8 @@ TIDY = 60.0
 TOLD = 0.05
 """Seconds for which a push waits for what another thread asks the database."""
 COLLECT = 1.0
-"""Seconds between two small commits while points trickle in: a transaction costs about the same for few as for many, and
-the machine has something better to do. Facts do not wait, nor does much."""
+"""Seconds between two small commits while points trickle in: a transaction costs about the same for few as for many,
+and the machine has something better to do. Facts do not wait, nor does much."""
 COLLECT_POINTS = 1 << 15
 FIND = 10.0
 """Seconds between two looks for attempts that nobody here has heard of."""

@@ -152,8 +152,8 @@ class Shipper:
     LEAST_TURN = 2048
     """Points that one producer sends at a time, at least, if it has them."""
     ASK = 0.1
-    """Seconds, at least, between two questions to the tracker about producers that have nothing new to send, and between
-    two rounds of visits."""
+    """Seconds, at least, between two questions to the tracker about producers that have nothing new to send, and
+    between two rounds of visits."""
     VISITS = 600
     """Per second."""
     WAITING_ASKED, IDLE_ASKED = 10_000, 3_000

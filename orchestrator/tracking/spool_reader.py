@@ -365,7 +365,7 @@ class SpoolReader:
             return
         making = self.directory / f"making-{number + 1:06d}"
         try:
-            reserve_file(making, layout.segment_pages(number + 1) * PAGE_BYTES)
+            reserve_file(making, layout.segment_pages(number + 1) * PAGE_BYTES, is_new=True)
             disk.rename(making, path)
         except OSError:
             disk.unlink(making)

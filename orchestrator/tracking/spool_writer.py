@@ -76,7 +76,7 @@ class SpoolWriter:
         reserve_file(making / "control", PAGE_BYTES)
         _write_whole(making / "control", bytes(control[:PAGE_BYTES]))
         _write_whole(making / "keys", identity)
-        reserve_file(making / "points-000000", layout.segment_pages(0) * PAGE_BYTES)
+        reserve_file(making / "points-000000", layout.segment_pages(0) * PAGE_BYTES, is_new=True)
         self._owner_fd = os.open(making / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.lockf(self._owner_fd, fcntl.LOCK_EX)
         # The agent looks only at directories without a leading dot: it never sees one that is half made.

@@ -344,8 +344,13 @@ def test_more_than_fits_drops_the_oldest_not_the_newest() -> None:
         values = [(f"key/{n}", 0, 1, 1.0, 0.5) for n in range(20)]
         for number in range(1500):
             writer.write([LiveChange(run=f"r{number}", state=STATE, values=values, checkpoints=None)], "t")
-        assert writer.read("r0") is None
-        assert writer.read("r1499") is not None
+        oldest_100, newest_100 = (
+            sum(writer.read(f"r{number}") is not None for number in numbers)
+            for numbers in (range(100), range(1400, 1500))
+        )
+        # Redis takes the oldest of a sample, so that one of them may have luck.
+        assert oldest_100 < 20
+        assert newest_100 > 80
 
 
 @pytest.mark.parametrize("fault", ["frozen", "dead", "never there"])

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from environment import BenchStack, child, progress
@@ -43,7 +44,9 @@ def measure(stack: BenchStack, pairs: int) -> Iterator[Row]:
     for job in jobs.values():
         job.end()
     ratios = [100 * (pair["tracked"]["seconds"] / pair["untracked"]["seconds"] - 1) for pair in found]
-    yield at_most("digits training, 20 metrics a step: % longer when tracked", statistics.median(ratios), BAR_PERCENT, "%")
+    yield at_most(
+        "digits training, 20 metrics a step: % longer when tracked", statistics.median(ratios), BAR_PERCENT, "%"
+    )
     low, high = _interval(ratios)
     yield printed("digits training: % longer when tracked, median is at least (95 %)", low, "%")
     yield printed("digits training: % longer when tracked, median is at most (95 %)", high, "%")
@@ -55,8 +58,8 @@ def measure(stack: BenchStack, pairs: int) -> Iterator[Row]:
 
 
 def _interval(values: list[float]) -> tuple[float, float]:
-    """Where the median lies with 95 % confidence, whatever the distribution: by the ranks of the ordered values (Conover,
-    Practical Nonparametric Statistics, 3.2)."""
+    """Where the median lies with 95 % confidence, whatever the distribution: by the ranks of the ordered values
+    (Conover, Practical Nonparametric Statistics, 3.2)."""
     ordered, half = sorted(values), 0.98 * len(values) ** 0.5
     low, high = int(len(ordered) / 2 - half), int(len(ordered) / 2 + half)
     return ordered[max(low, 0)], ordered[min(high, len(ordered) - 1)]
@@ -107,7 +110,7 @@ def _job(kind: str, orders: str, answers: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr)
     others = dict.fromkeys((f"train/metric_{number}" for number in range(19)), 0.5)
     is_first = torch.distributed.get_rank() == 0
-    ordered, answer = (open(orders), open(answers, "w")) if is_first else (None, None)
+    ordered, answer = (Path(orders).open(), Path(answers).open("w")) if is_first else (None, None)
 
     def epochs(count: int, run: Run | None) -> None:
         for number in range(count):
