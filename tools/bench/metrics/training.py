@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from environment import BenchStack, child, progress
@@ -110,7 +109,8 @@ def _job(kind: str, orders: str, answers: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr)
     others = dict.fromkeys((f"train/metric_{number}" for number in range(19)), 0.5)
     is_first = torch.distributed.get_rank() == 0
-    ordered, answer = (Path(orders).open(), Path(answers).open("w")) if is_first else (None, None)
+    ordered = open(orders) if is_first else None  # noqa: SIM115 (open until the process ends)
+    answer = open(answers, "w") if is_first else None  # noqa: SIM115
 
     def epochs(count: int, run: Run | None) -> None:
         for number in range(count):
