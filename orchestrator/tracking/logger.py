@@ -169,6 +169,15 @@ class Logger:
             return None
         if isinstance(value, float):
             return float(value)  # numpy's float64 is one, too
+        if getattr(value, "is_cpu", False):
+            # A tensor, most likely the loss: by the shortest way, for in a training loop every call is a cold one.
+            try:
+                number = value.item()
+            except (RuntimeError, ValueError):
+                pass  # not one number: said below
+            else:
+                if type(number) is float:
+                    return number
         return self._number(key, value, step, now)
 
     def _number(self, key: str, value: Any, step: int, now: float) -> float | None:
