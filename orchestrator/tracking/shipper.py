@@ -46,6 +46,10 @@ class Tracker(Protocol):
         ...
 
 
+_NOT_READ = -1
+"""A cursor of what was not looked at in this round."""
+
+
 class _Spool:
     """What the shipper knows of one producer besides its reader."""
 
@@ -234,6 +238,8 @@ class Shipper:
             return self.STANDBY
         if self.failures:
             return min(0.2 * 2 ** min(self.failures, 5), 5.0)
+        if any(spool.pause for spool in self._ready.values()):
+            return self.TICK  # what was not taken is offered again when it is due
         return self.PAUSE_WATCHED if self._clock.monotonic() < self._watched_until else self.PAUSE
 
     def _wait(self, seconds: float, *, is_patient: bool) -> None:
@@ -424,42 +430,55 @@ class Shipper:
         """What fits into one push: every spool in its turn, until all are read or the push is full."""
         # Less to a tracker that did not answer: what is much may be why, and every try may lie in its queue.
         round_bytes = self.ROUND_BYTES >> min(self.failures, 5)
-        turns = deque(spool for spool in self._ready.values() if spool.due <= now)
-        for spool in turns:
-            spool.cursor = {stream: spool.reader.accepted(stream) for stream in Stream}
-        share = round_bytes // POINT.itemsize // max(len(turns), 1)
-        limit = min(max(share, self.LEAST_TURN), SEGMENT_POINTS)
         batches: list[Batch] = []
         size_bytes = 0
+        # Facts of all before points of anybody: who reads that a run has ended finds everything that was logged before,
+        # by whichever of its producers. (And parameters are there before the curves.)
+        looked_at: set[str] = set()
+        for spool in self._due(now):
+            if size_bytes < round_bytes:
+                looked_at.add(spool.reader.producer)
+                spool.cursor[Stream.facts] = spool.reader.accepted(Stream.facts)
+                if batch := self._next_batch(spool, Stream.facts, self.LEAST_TURN, now):
+                    batches.append(batch)
+                    size_bytes += len(batch.payload)
+        self._listen(now)
+        turns = deque(self._due(now))
+        for spool in turns:
+            spool.cursor[Stream.points] = spool.reader.accepted(Stream.points)
+            if spool.reader.producer not in looked_at:
+                spool.cursor[Stream.facts] = _NOT_READ
+        share = round_bytes // POINT.itemsize // max(len(turns), 1)
+        limit = min(max(share, self.LEAST_TURN), SEGMENT_POINTS)
         while turns and size_bytes < round_bytes:
             spool = turns.popleft()
-            found = self._batches_of(spool, limit)
-            if found:
-                spool.used_at = now
-                batches += found
-                size_bytes += sum(len(batch.payload) for batch in found)
+            if batch := self._next_batch(spool, Stream.points, limit, now):
+                batches.append(batch)
+                size_bytes += len(batch.payload)
                 turns.append(spool)
             elif all(spool.cursor[stream] == spool.reader.accepted(stream) for stream in Stream):
                 self._ready.pop(spool.reader.producer, None)
         return batches
 
-    def _batches_of(self, spool: _Spool, limit: int) -> list[Batch]:
+    def _due(self, now: float) -> list[_Spool]:
+        return [spool for spool in self._ready.values() if spool.due <= now]
+
+    def _next_batch(self, spool: _Spool, stream: Stream, limit: int, now: float) -> Batch | None:
         reader = spool.reader
         try:
-            # Facts first: a run's parameters should be there before its curves.
-            read = [reader.next_batch(stream, spool.cursor[stream], limit) for stream in (Stream.facts, Stream.points)]
-            found = [batch for batch in read if batch is not None]
-            if found:
+            batch = reader.next_batch(stream, spool.cursor[stream], limit)
+            if batch is not None:
                 self._reserve_ahead(reader)
         except Exception:
             # A spool that cannot be read must not hold up those of the other producers.
             self._say_unreadable(reader)
-            return []
+            return None
         self._unreadable.discard(reader.producer)
         self._count_held(spool, reader.held_bytes)
-        for batch in found:
-            spool.cursor[batch.stream] = batch.last
-        return found
+        if batch is not None:
+            spool.cursor[stream] = batch.last
+            spool.used_at = now
+        return batch
 
     def _say_unreadable(self, reader: SpoolReader) -> None:
         if reader.producer not in self._unreadable and reader.directory.exists():

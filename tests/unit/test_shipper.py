@@ -199,6 +199,36 @@ def test_what_trickles_in_comes_together_and_who_waits_is_served_at_once(
     logger.close()
 
 
+def test_what_was_logged_before_a_fact_is_shipped_with_it_at_the_latest(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a run is another producer's word than its points: whoever reads the end finds the points."""
+    driver, rank = node.logger(rank=-1), node.logger(rank=0)
+    driver.fact(Fact(kind=FactKind.note, at=0.0, data={"text": "begins"}))
+    rank.log({"a": 1.0})
+    node.rounds(2)
+    points = node.tracker.points(rank._spool.producer)
+    inner, told = SpoolReader.next_batch, []
+
+    def late(reader: SpoolReader, stream: Stream, after: int, limit: int) -> Batch | None:
+        if not told:  # at the last moment before the round reads the driver's word
+            told.append(stream)
+            rank.log({"a": 2.0})
+            driver.fact(Fact(kind=FactKind.note, at=0.0, data={"text": "is over"}))
+        return inner(reader, stream, after, limit)
+
+    driver.fact(Fact(kind=FactKind.note, at=0.0, data={"text": "goes on"}))
+    monkeypatch.setattr(SpoolReader, "next_batch", late)
+    node.rounds(1)
+    assert told
+    shipped = {(batch.producer, batch.stream): batch.count for batch in node.tracker.pushed[-1]}
+    assert shipped[driver._spool.producer, Stream.facts] == 2
+    assert shipped[rank._spool.producer, Stream.points] == 1
+    assert node.tracker.points(rank._spool.producer) == points + 1
+    driver.close()
+    rank.close()
+
+
 def test_rounds_come_quicker_while_somebody_watches(node: Node) -> None:
     logger = node.logger()
     logger.log({"a": 1.0})
@@ -210,6 +240,18 @@ def test_rounds_come_quicker_while_somebody_watches(node: Node) -> None:
     assert node.shipper._pause() == Shipper.PAUSE_WATCHED
     node.tracker.watched = set()
     node.clock.advance(Shipper.WATCHED + 1)
+    assert node.shipper._pause() == Shipper.PAUSE
+    logger.close()
+
+
+def test_what_was_not_taken_does_not_wait_for_the_next_slow_round(node: Node) -> None:
+    logger = node.logger()
+    logger.log({"a": 1.0})
+    node.tracker.refused = {logger._spool.producer}
+    node.rounds(1)
+    assert node.shipper._pause() == Shipper.TICK
+    node.tracker.refused = set()
+    node.rounds(1)
     assert node.shipper._pause() == Shipper.PAUSE
     logger.close()
 
