@@ -1,4 +1,4 @@
-"""The calls by which the delivery path changes files: writes, fsyncs, renames, removals, reservations.
+"""The calls by which delivery and checkpoints change files: writes, fsyncs, renames, removals, reservations.
 
 They are the operating system's own, in one place, so that a test can end the process before or after any one of them
 (`watch`), or make one fail, and thereby see every state that a crash can leave behind.
@@ -7,12 +7,14 @@ They are the operating system's own, in one place, so that a test can end the pr
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Watcher = Callable[[str, str], None]
-"""Called with the name of the call (`write`, `fsync`, `rename`, `unlink`, `fallocate`, `truncate`) and the file, as far
-as it is known, before the call. It may raise OSError in the call's place, or never come back."""
+"""Called with the name of the call (`write`, `fsync`, `rename`, `replace`, `unlink`, `rmtree`, `mkdir`, `fallocate`,
+`truncate`) and the file, as far as it is known, before the call. It may raise OSError in the call's place, or never
+come back."""
 
 _watcher: Watcher | None = None
 
@@ -48,7 +50,14 @@ def fsync(fd: int, path: str = "") -> None:
     os.fsync(fd)
 
 
-def fsync_directory(path: Path) -> None:
+def fdatasync(fd: int, path: str = "") -> None:
+    """As `fsync`, without the times; the file's length is durable too."""
+    if _watcher is not None:
+        _watcher("fsync", path)
+    os.fdatasync(fd)
+
+
+def fsync_directory(path: Path | str) -> None:
     """Makes the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -61,6 +70,25 @@ def rename(source: Path, target: Path) -> None:
     if _watcher is not None:
         _watcher("rename", str(target))
     os.rename(source, target)
+
+
+def replace(source: str, target: str) -> None:
+    """Gives a file its name; what had the name is gone."""
+    if _watcher is not None:
+        _watcher("replace", target)
+    os.replace(source, target)
+
+
+def mkdir(path: str) -> None:
+    if _watcher is not None:
+        _watcher("mkdir", path)
+    os.mkdir(path)
+
+
+def remove_tree(path: str) -> None:
+    if _watcher is not None:
+        _watcher("rmtree", path)
+    shutil.rmtree(path)
 
 
 def unlink(path: Path) -> None:

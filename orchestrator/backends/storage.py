@@ -6,22 +6,31 @@ complete and durable, or not at all.
 
 from __future__ import annotations
 
+import errno
+import io
+import mmap
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit, urlunsplit
+from typing import Any, BinaryIO, ClassVar, Protocol
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
+import numpy as np
 import pyarrow.fs as arrow_fs
 
+from orchestrator import disk
 from orchestrator.errors import ConfigError, UserError
 
 _PARTIAL = ".partial"
 """Ending of a local file that is still being written."""
+_PAGE_BYTES = 4096
+"""What is written past the page cache is aligned to this, in memory and in the file."""
+_BOUNCE_BYTES = 4 << 20
+_CONNECT_TIMEOUT, _REQUEST_TIMEOUT = 10.0, 60.0
+"""Seconds, for S3; a URL may say otherwise: `?connect_timeout=…&request_timeout=…`."""
 
 
 class UnsafePath(UserError, ValueError):
@@ -42,6 +51,8 @@ class Entry:
     name: str
     is_dir: bool
     size_bytes: int = 0
+    modified: float = 0.0
+    """Seconds since 1970; 0: the storage does not say."""
 
 
 class Storage:
@@ -57,7 +68,7 @@ class Storage:
         self._files: _Files
         if "://" in url and not url.startswith("file://"):
             try:
-                filesystem, root = arrow_fs.FileSystem.from_uri(url)
+                filesystem, root = _s3(url) or arrow_fs.FileSystem.from_uri(url)
             except (OSError, ValueError) as error:
                 raise ConfigError("storage.url", url.split("@")[-1], f"cannot be opened ({error}).") from error
             self._files, self._root = _RemoteFiles(filesystem), root.rstrip("/")
@@ -102,6 +113,16 @@ class Storage:
         """A file to write to, from its beginning. It appears under its name when the block ends without an
         exception."""
         with self._files.open_output(self._at(path)) as output:
+            yield output
+
+    @contextmanager
+    def open_image(self, path: str, size_bytes: int) -> Iterator[ImageOutput]:
+        """A file of known size, to be written from its beginning and, on a local disk, past the page cache.
+
+        It appears under its name when the block ends without an exception; ValueError if it then has not `size_bytes`
+        bytes. A full disk is an OSError as early as the file system can tell.
+        """
+        with self._files.open_image(self._at(path), size_bytes) as output:
             yield output
 
     def delete(self, path: str) -> None:
@@ -166,6 +187,15 @@ class Storage:
             raise FileNotFoundError(self.uri(path))
         return size
 
+    def modified(self, path: str = "") -> float:
+        """Seconds since 1970 when anything at or below `path` changed last, files still being written included; 0 if
+        nothing is there or the storage does not say."""
+        return self._files.modified(self._at(path))
+
+    def free_bytes(self) -> int | None:
+        """What can still be written here; None: the storage does not say."""
+        return self._files.free_bytes(self._root)
+
     # -- paths -------------------------------------------------------------------------------------------------------
 
     def _at(self, path: str) -> str:
@@ -189,16 +219,26 @@ class Output(Protocol):
     def write(self, data: Any, /) -> int: ...
 
 
+class ImageOutput(Protocol):
+    """Takes the bytes of one file in order. What begins at a multiple of 4096 in memory and in the file goes straight
+    to the disk, the rest by way of 4 MiB of our own memory. The memory may be reused as soon as `write` returns."""
+
+    def write(self, data: memoryview, /) -> None: ...
+
+
 class _Files(Protocol):
     """What a kind of storage can do, by absolute path."""
 
     def open_output(self, path: str) -> Any: ...
+    def open_image(self, path: str, size_bytes: int) -> Any: ...
     def open_input(self, path: str) -> Any: ...
     def delete(self, path: str) -> None: ...
     def delete_dir(self, path: str) -> None: ...
     def entries(self, path: str) -> list[Entry]: ...
     def walk(self, path: str) -> Iterator[tuple[str, int]]: ...
     def size(self, path: str) -> int | None: ...
+    def modified(self, path: str) -> float: ...
+    def free_bytes(self, path: str) -> int | None: ...
     def is_inside(self, root: str, path: str) -> bool: ...
     def missing_directories(self, path: str) -> list[str]: ...
 
@@ -206,46 +246,74 @@ class _Files(Protocol):
 class _LocalFiles:
     @contextmanager
     def open_output(self, path: str) -> Iterator[Output]:
+        with self._replacing(path) as partial, io.BufferedWriter(_WatchedFile(partial, "wb")) as output:
+            yield output
+            output.flush()
+            disk.fsync(output.fileno(), partial)
+
+    @contextmanager
+    def open_image(self, path: str, size_bytes: int) -> Iterator[ImageOutput]:
+        with self._replacing(path) as partial:
+            image = _LocalImage(partial, size_bytes)
+            try:
+                yield image
+                image.finish()
+            finally:
+                image.close()
+
+    @contextmanager
+    def _replacing(self, path: str) -> Iterator[str]:
+        """A name to write to; the file gets its own when the block ends without an exception."""
         directory = os.path.dirname(path)
-        for missing in self.missing_directories(directory):
-            with suppress(FileExistsError):  # another rank may make it at the same time
-                os.mkdir(missing)
-            _sync_directory(os.path.dirname(missing))
-        partial = f"{path}.{os.getpid()}{_PARTIAL}"
+        self._make_directories(directory)
+        # Not only the process id: two hosts, or two threads, may write the same file at the same time.
+        partial = f"{path}.{os.getpid()}-{os.urandom(4).hex()}{_PARTIAL}"
         try:
-            with open(partial, "wb") as output:
-                yield output
-                output.flush()
-                os.fsync(output.fileno())
-            os.replace(partial, path)
+            yield partial
+            disk.replace(partial, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(partial)
             raise
-        _sync_directory(directory)
+        disk.fsync_directory(directory)
+
+    def _make_directories(self, path: str) -> None:
+        for _ in range(4):
+            try:
+                return self._make_missing(path)
+            except FileNotFoundError:  # removed behind our back, or NFS remembers that it was not there
+                continue
+        self._make_missing(path)
+
+    def _make_missing(self, path: str) -> None:
+        for missing in self.missing_directories(path):
+            with suppress(FileExistsError):  # another rank may make it at the same time
+                disk.mkdir(missing)
+            disk.fsync_directory(os.path.dirname(missing))
 
     def open_input(self, path: str) -> Any:
         return open(path, "rb")
 
     def delete(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-            _sync_directory(os.path.dirname(path))
+        if os.path.lexists(path):
+            disk.unlink(Path(path))
+            disk.fsync_directory(os.path.dirname(path))
 
     def delete_dir(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            shutil.rmtree(path)
-            _sync_directory(os.path.dirname(path))
+            disk.remove_tree(path)
+            disk.fsync_directory(os.path.dirname(path))
 
     def entries(self, path: str) -> list[Entry]:
-        try:
-            with os.scandir(path) as found:
-                return [
-                    Entry(name=item.name, is_dir=item.is_dir(), size_bytes=0 if item.is_dir() else item.stat().st_size)
-                    for item in found
-                ]
-        except FileNotFoundError:
-            return []
+        entries = []
+        with suppress(FileNotFoundError), os.scandir(path) as found:
+            for item in found:
+                with suppress(FileNotFoundError):  # removed meanwhile, or a link to nothing
+                    status = item.stat()
+                    is_dir = stat.S_ISDIR(status.st_mode)
+                    size = 0 if is_dir else status.st_size
+                    entries.append(Entry(name=item.name, is_dir=is_dir, size_bytes=size, modified=status.st_mtime))
+        return entries
 
     def walk(self, path: str) -> Iterator[tuple[str, int]]:
         for directory, _, names in os.walk(path):  # does not follow links
@@ -262,6 +330,18 @@ class _LocalFiles:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def modified(self, path: str) -> float:
+        latest = _modified(path)
+        for directory, inner, names in os.walk(path):
+            latest = max(latest, *(_modified(os.path.join(directory, name)) for name in (*inner, *names)), 0.0)
+        return latest
+
+    def free_bytes(self, path: str) -> int | None:
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        status = os.statvfs(path)
+        return status.f_bavail * status.f_frsize
+
     def is_inside(self, root: str, path: str) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
@@ -274,6 +354,128 @@ class _LocalFiles:
             missing.append(path)
             path = os.path.dirname(path)
         return missing[::-1]
+
+
+class _WatchedFile(io.FileIO):
+    """A file whose writes are seen by `disk`."""
+
+    def write(self, data: Any, /) -> int:
+        return disk.write(self.fileno(), data, str(self.name))
+
+
+class _LocalImage:
+    """Writes one file past the page cache, through it where the file system does not know how."""
+
+    _buffered_devices: ClassVar[set[int]] = set()
+    """Of this process: devices that refused O_DIRECT."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        self._path, self._size = path, size_bytes
+        self._taken = 0
+        self._at = 0
+        """What lies on the disk: a multiple of 4096 while it goes there directly."""
+        self._held = 0
+        """What lies in the bounce buffer."""
+        self._bounce: mmap.mmap | None = None
+        self._device = os.stat(os.path.dirname(path)).st_dev
+        self._is_direct = size_bytes > 0 and self._device not in self._buffered_devices
+        self._fd = -1
+        if self._is_direct:
+            try:
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT, 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._use_page_cache()
+        if self._fd < 0:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if self._is_direct:
+            self._allocate()
+
+    def write(self, data: memoryview, /) -> None:
+        data = memoryview(data).cast("B")
+        self._taken += len(data)
+        if self._taken > self._size:
+            raise ValueError(f"more than {self._size} bytes for {self._path}")
+        while data:
+            if not self._is_direct:
+                data = data[self._put(data) :]
+            elif len(data) >= _PAGE_BYTES and self._held % _PAGE_BYTES == 0 and _address(data) % _PAGE_BYTES == 0:
+                self._empty()
+                data = data[self._put(data[: len(data) // _PAGE_BYTES * _PAGE_BYTES]) :]
+            else:
+                data = data[self._hold(data) :]
+
+    def finish(self) -> None:
+        """What is held goes to the disk, and all of it is durable."""
+        if self._taken != self._size:
+            raise ValueError(f"{self._taken} bytes for {self._path} instead of {self._size}")
+        if self._held and self._bounce is not None:
+            end = -(-self._held // _PAGE_BYTES) * _PAGE_BYTES
+            self._bounce[self._held : end] = bytes(end - self._held)
+            self._held = end
+            self._empty()
+        if os.fstat(self._fd).st_size != self._size:  # longer, by what was allocated or padded
+            disk.truncate(self._fd, self._size, self._path)
+        disk.fdatasync(self._fd, self._path)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._bounce = None  # not closed: whoever holds a view of it would make that an error
+
+    def _hold(self, data: memoryview) -> int:
+        """Keeps some of it: as much as there is room for, or only to the next page if the rest can go straight."""
+        if self._bounce is None:
+            self._bounce = mmap.mmap(-1, min(_BOUNCE_BYTES, -(-self._size // _PAGE_BYTES) * _PAGE_BYTES))
+        count = min(len(self._bounce) - self._held, len(data))
+        to_page = -self._held % _PAGE_BYTES
+        if 0 < to_page < count and (_address(data) + to_page) % _PAGE_BYTES == 0:
+            count = to_page
+        self._bounce[self._held : self._held + count] = data[:count]
+        self._held += count
+        if self._held == len(self._bounce):
+            self._empty()
+        return count
+
+    def _empty(self) -> None:
+        if self._bounce is None or not self._held:
+            return
+        data, self._held = memoryview(self._bounce)[: self._held], 0
+        while data:
+            data = data[self._put(data) :]
+
+    def _put(self, data: memoryview) -> int:
+        """Writes some of it; at least a page, or at least a byte through the page cache."""
+        try:
+            count = disk.pwrite(self._fd, data, self._at, self._path)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._is_direct or self._at:
+                raise
+            os.close(self._fd)
+            self._fd = -1
+            self._use_page_cache()
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+            count = disk.pwrite(self._fd, data, self._at, self._path)
+        if self._is_direct:
+            count -= count % _PAGE_BYTES
+        if not count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
+        self._at += count
+        return count
+
+    def _use_page_cache(self) -> None:
+        self._is_direct = False
+        self._buffered_devices.add(self._device)
+
+    def _allocate(self) -> None:
+        try:
+            disk.reserve(self._fd, -(-self._size // _PAGE_BYTES) * _PAGE_BYTES, self._path)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                self.close()
+                raise
 
 
 class _RemoteFiles:
@@ -289,6 +491,15 @@ class _RemoteFiles:
         with self._filesystem.open_output_stream(path) as output:
             yield output
 
+    @contextmanager
+    def open_image(self, path: str, size_bytes: int) -> Iterator[ImageOutput]:
+        """Parts are sent in the background while the next is written."""
+        with self.open_output(path) as output:
+            image = _RemoteImage(output)
+            yield image
+            if image.written != size_bytes:
+                raise ValueError(f"{image.written} bytes for {path} instead of {size_bytes}")
+
     def open_input(self, path: str) -> Any:
         return self._filesystem.open_input_stream(path)
 
@@ -303,9 +514,12 @@ class _RemoteFiles:
     def entries(self, path: str) -> list[Entry]:
         found = self._filesystem.get_file_info(arrow_fs.FileSelector(path, allow_not_found=True))
         return [
-            Entry(name=info.base_name, is_dir=info.type == arrow_fs.FileType.Directory, size_bytes=info.size or 0)
+            Entry(
+                name=info.base_name, is_dir=info.type == arrow_fs.FileType.Directory, size_bytes=info.size or 0,
+                modified=_seconds(info),
+            )
             for info in found
-        ]
+        ]  # fmt: skip
 
     def walk(self, path: str) -> Iterator[tuple[str, int]]:
         selector = arrow_fs.FileSelector(path, recursive=True, allow_not_found=True)
@@ -317,6 +531,13 @@ class _RemoteFiles:
         info = self._filesystem.get_file_info(path)
         return None if info.type == arrow_fs.FileType.NotFound else info.size or 0
 
+    def modified(self, path: str) -> float:
+        selector = arrow_fs.FileSelector(path, recursive=True, allow_not_found=True)
+        return max((_seconds(info) for info in self._filesystem.get_file_info(selector)), default=0.0)
+
+    def free_bytes(self, path: str) -> int | None:
+        return None
+
     def is_inside(self, root: str, path: str) -> bool:
         return path.startswith(f"{root}/")
 
@@ -324,9 +545,54 @@ class _RemoteFiles:
         return []
 
 
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+class _RemoteImage:
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self.written = 0
+
+    def write(self, data: memoryview, /) -> None:
+        data = memoryview(data).cast("B")
+        if data:
+            self._output.write(data)
+            self.written += len(data)
+
+
+def _s3(url: str) -> tuple[arrow_fs.FileSystem, str] | None:
+    """An S3 file system that does not wait for ever; None for URLs of other kinds or with options that only pyarrow
+    knows. Raises ValueError, OSError."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    known = {"region", "scheme", "endpoint_override", "connect_timeout", "request_timeout"}
+    if parts.scheme != "s3" or not parts.hostname or set(options) - known:
+        return None
+    bucket = parts.netloc.rpartition("@")[2]
+    region = options.get("region")
+    if region is None and "endpoint_override" not in options:
+        region = arrow_fs.resolve_s3_region(bucket)
+    user, secret = (None if part is None else unquote(part) for part in (parts.username, parts.password))
+    filesystem = arrow_fs.S3FileSystem(
+        access_key=user if secret is not None else None,
+        secret_key=secret,
+        region=region,
+        scheme=options.get("scheme", "https"),
+        endpoint_override=options.get("endpoint_override"),
+        connect_timeout=float(options.get("connect_timeout", _CONNECT_TIMEOUT)),
+        request_timeout=float(options.get("request_timeout", _REQUEST_TIMEOUT)),
+        retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=3),
+    )
+    return filesystem, f"{bucket}{unquote(parts.path)}"
+
+
+def _address(data: memoryview) -> int:
+    return int(np.frombuffer(data, dtype=np.uint8).ctypes.data)
+
+
+def _modified(path: str) -> float:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return os.lstat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _seconds(info: arrow_fs.FileInfo) -> float:
+    return (info.mtime_ns or 0) / 1e9

@@ -13,27 +13,36 @@ from typing import Any
 from orchestrator.errors import CheckpointCorrupt, CheckpointError
 
 MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+"""Everything that is the same on all ranks and no tensor."""
 FORMAT = "orc-checkpoint"
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class CheckpointState(StrEnum):
     """Where a checkpoint stands."""
 
+    staged = "staged"
+    """In memory, being written; it does not exist before it is committed."""
     committed = "committed"
     quarantined = "quarantined"
     deleted = "deleted"
 
 
 class UnknownFormat(CheckpointError):
-    """A manifest of a newer version of this software."""
+    """A manifest of another version of this software."""
 
     def __init__(self, uri: str, found: str) -> None:
         super().__init__(uri, found)
         self.uri, self.found = uri, found
 
     def __str__(self) -> str:
-        return f"{self.uri} has format {self.found}, this version reads {FORMAT} {PROTOCOL}. Upgrade this installation."
+        number = self.found.rpartition(" ")[2]
+        if self.found.startswith(FORMAT) and number.isdecimal() and int(number) < PROTOCOL:
+            hint = "It was written by an older version and is read with that one."
+        else:
+            hint = "Upgrade this installation."
+        return f"{self.uri} has format {self.found}, this version reads {FORMAT} {PROTOCOL}. {hint}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,26 @@ class TensorEntry:
     size_bytes: int
     xxh3: str
     """XXH3-128 of its bytes."""
+    offsets: tuple[int, ...] | None = None
+    """Of a part of a split tensor: where it begins in each dimension of the whole."""
+    full_shape: tuple[int, ...] | None = None
+    """Of a part of a split tensor: the shape of the whole."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> TensorEntry:
+        tuples = {key: tuple(raw[key]) for key in ("shape", "offsets", "full_shape") if raw.get(key) is not None}
+        return cls(**{**raw, **tuples})
+
+    def to_json(self) -> dict[str, Any]:
+        raw: dict[str, Any] = {
+            "name": self.name, "dtype": self.dtype, "shape": list(self.shape), "size_bytes": self.size_bytes,
+            "xxh3": self.xxh3,
+        }  # fmt: skip
+        if self.offsets is not None:
+            raw["offsets"] = list(self.offsets)
+        if self.full_shape is not None:
+            raw["full_shape"] = list(self.full_shape)
+        return raw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +91,13 @@ class FileEntry:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> FileEntry:
-        tensors = tuple(TensorEntry(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in raw["tensors"])
-        return cls(**{**raw, "tensors": tensors})
+        return cls(**{**raw, "tensors": tuple(TensorEntry.from_json(tensor) for tensor in raw["tensors"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path, "size_bytes": self.size_bytes, "head_bytes": self.head_bytes,
+            "head_xxh3": self.head_xxh3, "tensors": [tensor.to_json() for tensor in self.tensors],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +119,7 @@ class Manifest:
     created: float
     """Seconds since 1970."""
     duration: float
-    """Seconds from the begin of the save until the manifest was written."""
+    """Seconds from the begin of the save until the slowest rank's files were durable."""
     files: tuple[FileEntry, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
     is_best: bool = False
@@ -98,6 +132,16 @@ class Manifest:
     resumable: bool = True
     cipher: str | None = None
     key_id: str | None = None
+    save: str = ""
+    """Token of the save, 32 hex digits, the same in every rank's receipt."""
+    kind: str = "sharded"
+    """sharded, full, or weights (then it is not resumable)."""
+    plan_sha256: str = ""
+    """Of the plan that says which rank writes what."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """copy and write (seconds of the slowest rank), write_bytes_per_second."""
+    size_logical: int = 0
+    """Bytes of all tensors once, without heads."""
 
     @property
     def id(self) -> str:
@@ -134,12 +178,24 @@ class Manifest:
         if kind != (FORMAT, PROTOCOL):
             raise UnknownFormat(uri, f"{kind[0]} {kind[1]}")
         raw["files"] = tuple(FileEntry.from_json(file) for file in raw["files"])
-        raw["reasons"] = tuple(raw["reasons"])
-        raw["metrics"] = {key: float(value) for key, value in raw["metrics"].items()}
-        return cls(**raw)
+        return cls.from_fields(raw)
+
+    @classmethod
+    def from_fields(cls, raw: Mapping[str, Any]) -> Manifest:
+        """From plain JSON values, `files` apart. Raises TypeError or KeyError where they are not a manifest's."""
+        metrics = {key: float(value) for key, value in raw["metrics"].items()}
+        return cls(**{**raw, "metrics": metrics, "reasons": tuple(raw["reasons"])})
 
     def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT, "protocol": PROTOCOL, **asdict(self), "metrics": _finite(self.metrics)}
+        content = {name: getattr(self, name) for name in _FIELDS}
+        content["files"] = [file.to_json() for file in self.files]
+        return {
+            "format": FORMAT, "protocol": PROTOCOL, **content, "metrics": finite(self.metrics),
+            "data": dict(self.data), "versions": dict(self.versions), "timings": dict(self.timings),
+        }  # fmt: skip
+
+
+_FIELDS = tuple(Manifest.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,24 +214,41 @@ class CheckpointInfo:
     label: str
     is_best: bool
     duration: float
+    resumable: bool = True
+    kind: str = "sharded"
+    world_size: int | None = None
+    reasons: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Manifest, uri: str, state: CheckpointState = CheckpointState.committed) -> CheckpointInfo:
         return cls(
             id=manifest.id, uri=uri, attempt=manifest.attempt, step=manifest.step, epoch=manifest.epoch,
             size_bytes=manifest.size_bytes, state=state, metrics=manifest.metrics, manifest_sha256=manifest.digest,
-            label=manifest.label, is_best=manifest.is_best, duration=manifest.duration,
+            label=manifest.label, is_best=manifest.is_best, duration=manifest.duration, resumable=manifest.resumable,
+            kind=manifest.kind, world_size=manifest.world_size, reasons=manifest.reasons, timings=manifest.timings,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """The data of its `checkpoint` fact."""
-        return {**asdict(self), "state": self.state.value, "metrics": _finite(self.metrics)}
+        return {**asdict(self), "state": self.state.value, "metrics": finite(self.metrics)}
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
+def finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
     """JSON, and PostgreSQL's jsonb, know no nan and inf: those become strings."""
     return {key: float(value) if math.isfinite(value) else str(value) for key, value in metrics.items()}
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def directory_name(step: int, attempt: int, again: int = 1) -> str:
+    """`again` counts checkpoints of one attempt at the same step. Example: directory_name(1200, 1) ==
+    "step_00001200-a1"."""
+    return f"step_{step:08d}-a{attempt}" + (f".{again}" if again > 1 else "")
+
+
+def rank_file(rank: int) -> str:
+    """Where a rank's receipt is, with what is the rank's own."""
+    return f"rank-{rank:04d}.json"
