@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.catalog import open_catalog as open_catalog
     from orchestrator.catalog.metrics import metrics as metrics
+    from orchestrator.checkpoints.load import load_checkpoint as load_checkpoint
     from orchestrator.errors import OrchestratorError as OrchestratorError
     from orchestrator.errors import UserError as UserError
     from orchestrator.execution.script import start_run as start_run
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
     from orchestrator.execution.script_callbacks import TuneCallback as TuneCallback
     from orchestrator.training.run import Run as Run
     from orchestrator.training.run import RunStopped as RunStopped
+    from orchestrator.training.standalone import Checkpoints as Checkpoints
 
 _HOMES = {
+    "Checkpoints": "orchestrator.training.standalone",
     "OrchestratorError": "orchestrator.errors",
     "Run": "orchestrator.training.run",
     "RunStopped": "orchestrator.training.run",
     "TrainCallback": "orchestrator.execution.script_callbacks",
     "TuneCallback": "orchestrator.execution.script_callbacks",
     "UserError": "orchestrator.errors",
+    "load_checkpoint": "orchestrator.checkpoints.load",
     "metrics": "orchestrator.catalog.metrics",
     "open_catalog": "orchestrator.catalog",
     "start_run": "orchestrator.execution.script",
@@ -38,12 +42,14 @@ _HOMES = {
 """The public names, and the module that has each."""
 
 __all__ = [
+    "Checkpoints",
     "OrchestratorError",
     "Run",
     "RunStopped",
     "TrainCallback",
     "TuneCallback",
     "UserError",
+    "load_checkpoint",
     "metrics",
     "open_catalog",
     "start_run",

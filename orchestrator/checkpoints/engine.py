@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints import catalog, writer
-from orchestrator.checkpoints.manifest import CheckpointInfo, CheckpointState, FileEntry, Manifest
-from orchestrator.checkpoints.policy import CheckpointPolicy
+from orchestrator.checkpoints import catalog, commit, plan
+from orchestrator.checkpoints.job import Layout, Outcome, SaveJob, SlotResult
+from orchestrator.checkpoints.keeping import Keeping, keep_rules
+from orchestrator.checkpoints.manifest import STATE, CheckpointInfo, CheckpointState, Manifest, directory_name
+from orchestrator.checkpoints.policy import CheckpointPolicy, label_of
 from orchestrator.checkpoints.reader import Stored, read, read_manifest
-from orchestrator.checkpoints.retention import to_delete
-from orchestrator.checkpoints.state import TrainState
-from orchestrator.checkpoints.tree import NotStorable
+from orchestrator.checkpoints.retention import ranked
+from orchestrator.checkpoints.staging import DirectStager, Reservation, Stager
+from orchestrator.checkpoints.state import Snapshot, TrainState, specs
+from orchestrator.checkpoints.tree import NotStorable, inline, pack
 from orchestrator.clock import Clock
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
+
+_REFUSED, _NO_ROOM, _NO_PLAN, _DIRECT, _READY = range(5)
+"""How far a rank has come when a save is agreed on: the lowest of all counts."""
+_SKIPS_TOLD_EVERY = 60.0
 
 
 class Group(Protocol):
@@ -34,6 +43,7 @@ class Group(Protocol):
 
     def share(self, text: str) -> str: ...
     def gather(self, text: str) -> list[str]: ...
+    def lowest(self, value: int) -> int: ...
 
 
 class Diary(Protocol):
@@ -45,6 +55,17 @@ class Diary(Protocol):
 
 class SaveFailed(CheckpointError):
     """A checkpoint could not be written on some rank; nothing of it can be loaded, earlier ones are untouched."""
+
+    def __init__(self, uri: str, why: str) -> None:
+        super().__init__(uri, why)
+        self.uri, self.why = uri, why
+
+    def __str__(self) -> str:
+        return f"No checkpoint was saved at {self.uri}: {self.why}. Earlier checkpoints are untouched."
+
+
+class TooLarge(CheckpointError):
+    """The state is larger than a checkpoint may be, or than the storage has room for; nothing was written."""
 
     def __init__(self, uri: str, why: str) -> None:
         super().__init__(uri, why)
@@ -77,12 +98,62 @@ class Unreadable(CheckpointError):
         return f"Checkpoints under {self.uri} could not be read: {self.why}. Try again when the storage answers."
 
 
-class Checkpoints:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """What became of a staged save. `why` is empty if it is committed."""
+
+    info: CheckpointInfo
+    why: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Planned:
+    """What this rank writes of states that look alike."""
+
+    specs: plan.Groups
+    own: plan.Groups
+    files: Mapping[str, int]
+    sha256: str
+    layout: Layout
+    heads: tuple[bytes, ...]
+    size_bytes: int
+    """Of all tensors and side files, on all ranks together."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Attempted:
+    """This rank's side of a save until all ranks agree that it takes place."""
+
+    kind: str
+    snapshot: Snapshot | None = None
+    specs: plan.Groups = field(default_factory=dict)
+    own: plan.Groups = field(default_factory=dict)
+    content: Any = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    reservation: Reservation | None = None
+    is_agreed_direct: bool = False
+    """Some rank writes at the seal: then all of them wait."""
+    error: Exception | None = None
+
+    @property
+    def files(self) -> dict[str, int]:
+        return {name: len(data) for name, data in self.snapshot.files.items()} if self.snapshot else {}
+
+    def abandon(self) -> None:
+        if self.reservation is not None:
+            self.reservation.abandon()
+            self.reservation = None
+
+
+class CheckpointEngine:
     """The checkpoints of one run, under `storage`.
 
-    `save` and `restore` are collective: all ranks call them together, rank 0 decides, and all of them return the same
-    thing or raise the same error. Whatever dies whenever: what `restore` finds is the newest checkpoint that was
-    completely written.
+    `save`, `drain` and `restore` are collective: all ranks call them together, rank 0 decides, and all of them return
+    the same thing or raise the same error. Each rank writes its share of what is the same on all of them. Whatever dies
+    whenever: what `restore` finds is the newest checkpoint that was completely written.
+
+    Without a `stager` a save writes before it returns. With one whose seal only hands over, `save` gives a checkpoint
+    that is `staged`; `poll` says later what became of it.
     """
 
     def __init__(
@@ -95,15 +166,50 @@ class Checkpoints:
         policy: CheckpointPolicy,
         clock: Clock,
         diary: Diary,
+        stager: Stager | None = None,
         seed: int = 0,
         config_hash: str = "",
+        spool_directory: str = "",
     ) -> None:
         self._storage, self._group, self._policy, self._clock, self._diary = storage, group, policy, clock, diary
         self._run, self._attempt, self._seed, self._config_hash = run, attempt, seed, config_hash
-        self._committed: list[Manifest] | None = None
-        self._orphans: tuple[str, ...] = ()
+        self._stager: Stager = stager or DirectStager(storage)
+        self._spool_directory = spool_directory
+        self._rules = keep_rules(policy)
+        self._keeping = Keeping(storage, self._rules, attempt=attempt)
+        self._plans: dict[str, _Planned] = {}
+        self._staged: dict[str, CheckpointInfo] = {}
+        """Token -> what is being written."""
+        self._ended: list[Ended] = []
+        self._told: dict[str, CheckpointInfo] = {}
+        """Name -> what the diary was told of committed ones."""
+        self._counts: dict[int, int] = {}
+        """Step -> how many saves of this attempt were sealed there."""
+        self.skipped = 0
+        """Saves that found no room."""
+        self._skips_untold, self._skips_told_at = 0, float("-inf")
+        self._is_known_too_large = False
 
     # -- saving ------------------------------------------------------------------------------------------------------
+
+    def expect(self, state: TrainState) -> None:
+        """Not collective: may be called early, when the state is known, so that room is there when the first save
+        comes, and again when it has grown. Says as an event, once, that it will be too large to save."""
+        try:
+            mine = self._captured(state, "sharded", {}, {})
+        except NotStorable:
+            return  # the save will say so, on all ranks
+        layout, heads = self._layout(mine, plan.own_bytes(mine.specs))
+        self._stager.expect(layout, heads)
+        if self._group.rank == 0 and not self._is_known_too_large:
+            with suppress(OSError):
+                if why := self._too_large(_size_bytes(mine.specs, mine.files)):
+                    self._is_known_too_large = True
+                    self._tell("checkpoint-too-large", f"a checkpoint of this state cannot be saved: {why}")
+
+    def announce(self, step: int) -> str:
+        """On rank 0: token and name of the next save, to be given to every rank's `save`."""
+        return f"{secrets.token_hex(16)} {directory_name(step, self._attempt, self._counts.get(step, 0) + 1)}"
 
     def save(
         self,
@@ -118,78 +224,317 @@ class Checkpoints:
         progress: Mapping[str, Any],
         rank_state: Mapping[str, Any],
         data: Mapping[str, Any],
-    ) -> CheckpointInfo:
-        """Writes a checkpoint and waits until it is durable. Raises SaveFailed or StateRefused, on all ranks.
+        must: bool = True,
+        waits: bool = True,
+        weights_only: bool = False,
+        announced: str = "",
+    ) -> CheckpointInfo | None:
+        """Takes a checkpoint. Raises SaveFailed, TooLarge or StateRefused, on all ranks.
 
         `progress` is JSON that belongs to the run, `rank_state` what differs between ranks, `data` the position in
-        the data.
+        the data. A save that `must` be waits for room; another one is skipped without: then None. With `waits` it
+        returns when the checkpoint is durable; else it may be `staged`, with only its files' places known.
+        `announced` is what rank 0's `announce` gave, if the ranks know it already.
         """
-        started, created = self._clock.monotonic(), self._clock.now()
-        name = self._on_main(lambda: self._free_name(step), SaveFailed)
-        target = self._storage.join(name)
-        files = self._write_files(name, state, progress, rank_state)
-
-        def commit() -> str:
-            manifest = Manifest(
-                run=self._run, name=name, attempt=self._attempt, step=step, epoch=epoch, epoch_complete=epoch_complete,
-                world_size=self._group.world_size, seed=self._seed, config_hash=self._config_hash, created=created,
-                duration=self._clock.monotonic() - started, files=tuple(files), metrics=metrics, is_best=is_best,
-                reasons=tuple(reasons), label=f"v{epoch}.{step}", data=data,
-                versions={"torch": torch.__version__, "python": platform.python_version()},
-            )  # fmt: skip
-            writer.commit(target, manifest)
-            return manifest.encode().decode()
-
-        manifest = Manifest.decode(self._on_main(commit, SaveFailed).encode(), target.uri())
-        info = CheckpointInfo.of(manifest, target.uri())
-        if self._group.rank == 0:
-            logger.info("checkpoint committed", extra={"run": self._run, "step": step, "uri": info.uri})
-            self._diary.checkpoint(info)
-            self._forget_old(manifest)
+        created = self._clock.now()
+        token, name = (announced or self._group.share(self.announce(step))).split(" ")
+        kind = "weights" if weights_only else "sharded"
+        mine = self._agreed(state, kind, rank_state, progress, must, self._storage.uri(name))
+        if mine is None:
+            self._count_skip(name, reasons)
+            return None
+        self._counts[step] = self._counts.get(step, 0) + 1
+        planned = self._plans[kind]
+        draft = Manifest(
+            run=self._run, name=name, attempt=self._attempt, step=step, epoch=epoch, epoch_complete=epoch_complete,
+            world_size=self._group.world_size, seed=self._seed, config_hash=self._config_hash, created=created,
+            duration=0.0, files=(), metrics=metrics, is_best=is_best, reasons=tuple(reasons),
+            label=label_of(self._policy.label, epoch=epoch, step=step, attempt=self._attempt), data=data,
+            versions={"torch": torch.__version__, "python": platform.python_version()}, resumable=not weights_only,
+            save=token, kind=kind, plan_sha256=planned.sha256,
+        )  # fmt: skip
+        info = CheckpointInfo.of(draft, self._storage.uri(name), CheckpointState.staged)
+        info = replace(info, manifest_sha256="", size_bytes=planned.size_bytes)
+        failure = self._seal(mine, planned, draft)
+        if mine.is_agreed_direct or waits:
+            return self._concluded(mine, info, token, failure)
+        self._staged[token] = info
+        if failure is not None:
+            self._end_badly(self._staged.pop(token), _told(failure))
         return info
 
-    def _free_name(self, step: int) -> str:
-        again = 1
-        while self._storage.exists(name := writer.directory_name(step, self._attempt, again)):
-            again += 1
-        return name
-
-    def _write_files(
-        self, name: str, state: TrainState, progress: Mapping[str, Any], rank_state: Mapping[str, Any]
-    ) -> list[FileEntry]:
-        """Each rank writes its part; all of them go on only if all could."""
-        target = self._storage.join(name)
-        reply: dict[str, Any] = {}
+    def _agreed(
+        self,
+        state: TrainState,
+        kind: str,
+        rank_state: Mapping[str, Any],
+        progress: Mapping[str, Any],
+        must: bool,
+        uri: str,
+    ) -> _Attempted | None:
+        """Room on every rank, or None on every rank; whatever goes wrong on one of them is raised on all."""
+        mine = _Attempted(kind=kind)
         try:
-            files = [writer.write_rank(target, self._group.rank, rank_state)]
-            if self._group.rank == 0:
-                files += writer.write_shared(target, state.capture(), progress)
-            reply["files"] = [asdict(file) for file in files]
+            mine = self._captured(state, kind, rank_state, progress)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
-            reply["error"], reply["is_state"] = _told(error), isinstance(error, NotStorable)
-            failure: Exception | None = error
-        else:
-            failure = None
+            mine.error = error
+        while True:
+            lowest = self._group.lowest(self._readiness(mine, must))
+            if lowest == _NO_PLAN:
+                mine.abandon()
+                self._make_plan(mine, uri)
+                continue
+            if lowest >= _DIRECT:
+                mine.is_agreed_direct = lowest == _DIRECT
+                return mine
+            mine.abandon()
+            if lowest == _REFUSED:
+                self._raise_together(mine.error, uri)
+            if must:
+                raise SaveFailed(uri, f"there was no room to put it within {self._policy.wait:g} s")
+            return None
+
+    def _captured(
+        self, state: TrainState, kind: str, rank_state: Mapping[str, Any], progress: Mapping[str, Any]
+    ) -> _Attempted:
+        """Raises NotStorable."""
+        snapshot = state.capture(weights_only=kind == "weights")
+        is_main = self._group.rank == 0
+        texts = {}
+        if is_main:
+            content = {"tree": snapshot.tree, "progress": dict(progress)}
+            texts[STATE] = json.dumps(content, allow_nan=False)
+        own = (
+            {} if is_main else {plan.OWN: specs(Snapshot(tensors={plan.OWN: snapshot.own}, tree={})).get(plan.OWN, [])}
+        )
+        return _Attempted(
+            kind=kind, snapshot=snapshot, specs=specs(snapshot), own=own, texts=texts,
+            content=pack(rank_state, inline, f"rank {self._group.rank}"),
+        )  # fmt: skip
+
+    def _readiness(self, mine: _Attempted, must: bool) -> int:
+        if mine.error is not None:
+            return _REFUSED
+        planned = self._plans.get(mine.kind)
+        if planned is None or (planned.specs, planned.own, planned.files) != (mine.specs, mine.own, mine.files):
+            return _NO_PLAN
+        patience = self._policy.wait if must else 0.0
+        try:
+            mine.reservation = self._stager.reserve(planned.layout, planned.heads, patience=patience)
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            mine.error = error
+            return _REFUSED
+        if mine.reservation is None:
+            return _NO_ROOM
+        return _DIRECT if mine.reservation.is_direct else _READY
+
+    def _make_plan(self, mine: _Attempted, uri: str) -> None:
+        """Who writes what, from what all ranks have; once for states that look alike. Raises StateRefused, TooLarge."""
+        sha256 = plan.plan_sha256(mine.specs, self._group.world_size)
+        reply: dict[str, Any] = {"sha256": sha256, "own_bytes": plan.own_bytes(mine.specs), "too_large": ""}
+        size_bytes = _size_bytes(mine.specs, mine.files)
+        if self._group.rank == 0 and mine.error is None:
+            try:
+                reply["too_large"] = self._too_large(size_bytes)
+            except OSError as error:
+                mine.error = error
         replies = [json.loads(text) for text in self._group.gather(json.dumps(reply))]
-        wrong = [f"rank {rank}: {each['error']}" for rank, each in enumerate(replies) if "error" in each]
+        if replies[0]["too_large"]:
+            raise TooLarge(uri, replies[0]["too_large"])
+        if any(each["sha256"] != replies[0]["sha256"] for each in replies):
+            self._refuse_plans(mine)
+        if mine.error is not None:
+            return
+        try:
+            layout, heads = self._layout(mine, replies[0]["own_bytes"])
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            mine.error = error
+            return
+        self._plans[mine.kind] = _Planned(
+            specs=mine.specs, own=mine.own, files=mine.files, sha256=sha256, layout=layout, heads=heads,
+            size_bytes=size_bytes,
+        )  # fmt: skip
+
+    def _layout(self, mine: _Attempted, own_bytes: int) -> tuple[Layout, tuple[bytes, ...]]:
+        rank, world_size = self._group.rank, self._group.world_size
+        owners = plan.owners(mine.specs, world_size, own_bytes=own_bytes)
+        owners |= {f"{group}/{spec.name}": rank for group, each in mine.own.items() for spec in each}
+        return plan.layout({**mine.specs, **mine.own}, owners, rank, world_size, files=mine.files)
+
+    def _refuse_plans(self, mine: _Attempted) -> None:
+        """Names the first tensor in which two ranks differ."""
+        described = [json.loads(text) for text in self._group.gather(json.dumps(plan.described(mine.specs)))]
+        for rank, each in enumerate(described):
+            if (found := plan.difference(described[0], each)) is not None:
+                key, here, there = found
+                raise StateRefused(
+                    f"{key} is {here} on rank 0 and {there} on rank {rank}. Parameters and the optimizer's state must "
+                    "be the same on every rank."
+                )
+
+    def _too_large(self, size_bytes: int) -> str:
+        """Why a state of that size cannot be saved; "" if it can."""
+        size, limit = f"{size_bytes / 1e9:.3g} GB", self._policy.max_gb
+        if limit and size_bytes > limit * 1e9:
+            return f"it has {size}, checkpoints.max_gb allows {limit:g}"
+        free = self._storage.free_bytes()
+        if free is not None and free < 1.1 * size_bytes:
+            return f"it has {size}, the disk has {free / 1e9:.3g} GB left, and a tenth more is needed"
+        return ""
+
+    def _seal(self, mine: _Attempted, planned: _Planned, draft: Manifest) -> Exception | None:
+        """What went wrong, if anything did: the other ranks do not wait for this one here."""
+        reservation, snapshot = mine.reservation, mine.snapshot
+        assert reservation is not None
+        assert snapshot is not None
+        try:
+            copied = reservation.fill(_tensors(planned.layout, snapshot))
+            reservation.seal(
+                SaveJob(
+                    save=draft.save, storage_url=self._storage.url, name=draft.name, run=self._run,
+                    attempt=self._attempt, rank=self._group.rank, world_size=self._group.world_size,
+                    content=mine.content, texts=mine.texts,
+                    draft=commit.draft_of(draft) if self._group.rank == 0 else None, keep=self._rules,
+                    sealed_at=self._clock.now(), copy_seconds=copied, spool_directory=self._spool_directory,
+                )
+            )  # fmt: skip
+        except Exception as error:  # whatever it is, the other ranks may wait to hear of it
+            logger.warning("rank %d could not save", self._group.rank, exc_info=error, extra={"run": self._run})
+            with suppress(Exception):
+                reservation.abandon()
+            return error
+        return None
+
+    def _concluded(
+        self, mine: _Attempted, info: CheckpointInfo, token: str, failure: Exception | None
+    ) -> CheckpointInfo:
+        """Waits until the checkpoint is committed. Raises SaveFailed on all ranks."""
+        assert mine.reservation is not None
+        is_main, is_direct = self._group.rank == 0, mine.reservation.is_direct
+        why = "" if failure is None else _told(failure)
+        if not why and (is_direct or not is_main):
+            why = _failure_of(self._waited(token, info))
+        replies = self._group.gather(why)
+        wrong = [f"rank {rank}: {each}" for rank, each in enumerate(replies) if each]
         if wrong:
-            if self._group.rank == 0:
+            if is_main and is_direct:
                 with suppress(OSError):
-                    self._storage.delete_dir(name)
-            if any(each.get("is_state") for each in replies):
-                raise StateRefused("; ".join(wrong)) from failure
-            raise SaveFailed(target.uri(), "; ".join(wrong)) from failure
-        return [FileEntry.from_json(file) for each in replies for file in each["files"]]
+                    self._storage.delete_dir(_name_of(info))
+            raise SaveFailed(info.uri, "; ".join(wrong)) from failure
+
+        def committed() -> str:
+            if is_direct:
+                outcome, timings = self._commit(info, token)
+            else:
+                outcome, timings = self._waited(token, info), {}
+            if wrong := _failure_of(outcome):
+                raise CheckpointError(wrong)
+            self._has_committed(replace(_committed_info(info, outcome), timings=timings), outcome)
+            return outcome.encode().decode()
+
+        return _committed_info(info, Outcome.decode(self._on_main(committed, SaveFailed, info.uri).encode()))
+
+    def _commit(self, info: CheckpointInfo, token: str) -> tuple[Outcome, Mapping[str, float]]:
+        """Makes a checkpoint of what all ranks have written. Raises CheckpointError, OSError."""
+        name = _name_of(info)
+        try:
+            manifest = commit.finish(self._storage.join(name))
+        except (OSError, CheckpointError):
+            with suppress(OSError):  # or the next attempt would commit what this one called failed
+                catalog.remove(self._storage, name)
+            raise
+        if manifest is None:
+            raise CheckpointError(
+                f"not every rank's files are there: {self._storage.uri()} must be the same place on all hosts"
+            )
+        if manifest.save != token:
+            raise CheckpointError("another save has taken its name: two trainings write to one place")
+        tidied = self._keeping.after_commit(manifest, now=self._clock.now())
+        outcome = Outcome(
+            save=token, name=name, result=SlotResult.committed, why=tidied.why, manifest_sha256=manifest.digest,
+            size_bytes=manifest.size_bytes, duration=manifest.duration,
+            deleted=tuple(each.name for each in tidied.deleted),
+        )  # fmt: skip
+        for deleted in tidied.deleted:
+            self._told.setdefault(deleted.name, CheckpointInfo.of(deleted, self._storage.uri(deleted.name)))
+        return outcome, manifest.timings
+
+    def _waited(self, token: str, info: CheckpointInfo) -> Outcome:
+        try:
+            return self._stager.wait(token, self._policy.wait)
+        except TimeoutError:
+            self._staged[token] = info  # it may still be committed: `poll` will hear of it
+            why = f"it was not durable after {self._policy.wait:g} s, and may still become so"
+            return Outcome(save=token, name=_name_of(info), result=SlotResult.failed, why=why)
+
+    def _count_skip(self, name: str, reasons: Sequence[str]) -> None:
+        self.skipped += 1
+        self._skips_untold += 1
+        if time.monotonic() - self._skips_told_at < _SKIPS_TOLD_EVERY:
+            return
+        count, self._skips_untold, self._skips_told_at = self._skips_untold, 0, time.monotonic()
+        message = f"{count} checkpoint(s) skipped, the last at {name}: earlier ones are still being written"
+        self._tell("checkpoint-skipped", message, count=count, reasons=list(reasons))
+
+    # -- what became of staged ones ----------------------------------------------------------------------------------
+
+    def poll(self) -> list[Ended]:
+        """What became of staged saves since the last call; not collective. Rank 0 tells the diary."""
+        for outcome in self._stager.outcomes():
+            self._hear(outcome)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def drain(self, timeout: float) -> bool:
+        """Collective. Waits until nothing is staged any more; False if that took longer. `poll` gives the results."""
+        deadline = time.monotonic() + timeout
+        for token in list(self._staged):
+            with suppress(TimeoutError):
+                self._hear(self._stager.wait(token, max(deadline - time.monotonic(), 0.0)))
+        return bool(self._group.lowest(not self._staged))
+
+    def close(self) -> None:
+        """No further saves. What is staged goes on."""
+        self._stager.close()
+
+    def _hear(self, outcome: Outcome) -> None:
+        info = self._staged.pop(outcome.save, None)
+        if info is None or self._group.rank != 0:
+            return
+        if wrong := _failure_of(outcome):
+            self._end_badly(info, wrong)
+            return
+        info = _committed_info(info, outcome)
+        self._has_committed(info, outcome)
+        self._ended.append(Ended(info=info))
+
+    def _end_badly(self, info: CheckpointInfo, why: str) -> None:
+        if self._group.rank == 0:
+            self._tell("checkpoint-failed", str(SaveFailed(info.uri, why)), level="error", reasons=list(info.reasons))
+            self._ended.append(Ended(info=info, why=why))
+
+    def _has_committed(self, info: CheckpointInfo, outcome: Outcome) -> None:
+        """Tells of a checkpoint and of what it has displaced; rank 0 only."""
+        logger.info("checkpoint committed", extra={"run": self._run, "step": info.step, "uri": info.uri})
+        self._told[_name_of(info)] = info
+        self._diary.checkpoint(info)
+        for name in outcome.deleted:
+            if (gone := self._told.pop(name, None)) is not None:
+                self._diary.checkpoint(replace(gone, state=CheckpointState.deleted))
+        if outcome.why:
+            message = f"old checkpoints could not be deleted: {outcome.why}"
+            self._tell("checkpoint-retention-failed", message, level="warning")
 
     # -- restoring ---------------------------------------------------------------------------------------------------
 
-    def restore(self, state: TrainState) -> Stored | None:
-        """Loads the newest valid checkpoint into `state`; None if there is none. Damaged ones are quarantined on the
-        way.
+    def restore(self, state: TrainState, *, which: str = "latest") -> Stored | None:
+        """Loads the newest valid checkpoint into `state` (`which="best"`: the best valid one; or the one of that name);
+        None if there is none. Damaged ones are quarantined on the way, and what all ranks had written when they died is
+        committed. Tells the diary of all that exist.
 
         Raises CheckpointMismatch when it belongs to other code, Unreadable when the storage does not answer.
         """
-        names = json.loads(self._on_main(self._candidates, Unreadable))
+        names = json.loads(self._on_main(lambda: self._candidates(which), Unreadable, self._storage.uri()))
         skipped = 0
         for name in names:
             stored, why = self._read_together(name)
@@ -207,11 +552,29 @@ class Checkpoints:
             self._tell("checkpoint-fallback", message, level="error")
         return None
 
-    def _candidates(self) -> str:
+    def _candidates(self, which: str) -> str:
         found = catalog.scan(self._storage)
         for name, error in found.corrupt:
             self._quarantine(name, str(error))
-        return json.dumps([manifest.name for manifest in found.committed])
+        committed = [*found.committed, *filter(None, map(self._finished, found.incomplete))]
+        committed.sort(key=lambda manifest: catalog.age_key(manifest.name), reverse=True)
+        for manifest in reversed(committed):
+            self._told[manifest.name] = CheckpointInfo.of(manifest, self._storage.uri(manifest.name))
+            self._diary.checkpoint(self._told[manifest.name])
+        usable = [manifest for manifest in committed if manifest.resumable]
+        if which == "best":
+            usable = ranked(usable, self._rules.best[0])
+        elif which != "latest":
+            usable = [manifest for manifest in usable if manifest.name == which]
+        return json.dumps([manifest.name for manifest in usable])
+
+    def _finished(self, name: str) -> Manifest | None:
+        """The checkpoint that an earlier attempt wrote and did not live to commit."""
+        try:
+            return commit.finish(self._storage.join(name))
+        except CheckpointError as error:
+            logger.info("%s stays unfinished: %s", name, error, extra={"run": self._run})
+            return None
 
     def _read_together(self, name: str) -> tuple[Stored | None, str]:
         """The checkpoint if it is right on every rank, else None and why. Every byte is verified before any is used."""
@@ -247,40 +610,9 @@ class Checkpoints:
         except OSError as error:
             self._tell("checkpoint-quarantine-failed", f"{name} could not be marked: {error}", checkpoint=name)
 
-    # -- keeping -----------------------------------------------------------------------------------------------------
-
-    def _forget_old(self, newest: Manifest) -> None:
-        """Deletes what no rule keeps, after a newer one is committed. A failure here costs space, not the run."""
-        try:
-            if self._committed is None:
-                found = catalog.scan(self._storage)
-                self._committed, self._orphans = list(found.committed), found.incomplete
-            else:
-                self._committed.insert(0, newest)
-            pinned = [m.name for m in self._committed if self._storage.exists(f"{m.name}/{catalog.PINNED}")]
-            for manifest in to_delete(self._committed, self._policy, pinned):
-                self._remove(manifest)
-            self._sweep()
-        except (OSError, CheckpointError) as error:
-            self._tell("checkpoint-retention-failed", f"old checkpoints could not be deleted: {error}", level="warning")
-
-    def _remove(self, manifest: Manifest) -> None:
-        catalog.remove(self._storage, manifest.name)
-        assert self._committed is not None
-        self._committed.remove(manifest)
-        self._diary.checkpoint(CheckpointInfo.of(manifest, self._storage.uri(manifest.name), CheckpointState.deleted))
-
-    def _sweep(self) -> None:
-        """What earlier attempts left half written. Were one of them still alive, its commit would lack files and be
-        refused."""
-        for name in self._orphans:
-            if catalog.age_key(name)[0] < self._attempt:
-                catalog.remove(self._storage, name)
-        self._orphans = ()
-
     # -- together ----------------------------------------------------------------------------------------------------
 
-    def _on_main(self, action: Callable[[], str], failure: type[SaveFailed] | type[Unreadable]) -> str:
+    def _on_main(self, action: Callable[[], str], failure: type[SaveFailed] | type[Unreadable], uri: str) -> str:
         """What `action` gives on rank 0, for all ranks; its exception becomes `failure` on all of them."""
         cause: Exception | None = None
         reply = {"error": "", "value": ""}
@@ -291,13 +623,58 @@ class Checkpoints:
                 reply["error"], cause = _told(error), error
         reply = json.loads(self._group.share(json.dumps(reply)))
         if reply["error"]:
-            raise failure(self._storage.uri(), reply["error"]) from cause
+            raise failure(uri, reply["error"]) from cause
         return reply["value"]
+
+    def _raise_together(self, error: Exception | None, uri: str) -> NoReturn:
+        """Raises on all ranks what went wrong on some."""
+        mine = {"error": "" if error is None else _told(error), "is_state": isinstance(error, NotStorable)}
+        replies = [json.loads(text) for text in self._group.gather(json.dumps(mine))]
+        why = "; ".join(f"rank {rank}: {each['error']}" for rank, each in enumerate(replies) if each["error"])
+        if any(each["is_state"] for each in replies):
+            raise StateRefused(why) from error
+        raise SaveFailed(uri, why) from error
 
     def _tell(self, kind: str, message: str, *, level: str = "warning", **details: Any) -> None:
         if self._group.rank == 0:
             logger.log(logging.ERROR if level == "error" else logging.WARNING, message, extra={"run": self._run})
             self._diary.event(kind, message, level=level, **details)
+
+
+def _tensors(layout: Layout, snapshot: Snapshot) -> list[torch.Tensor]:
+    """Those of the layout's pieces, in their order."""
+    found = []
+    for image in layout.images:
+        group, _, name = image.path.partition("/")
+        if group == plan.SIDE:
+            data = snapshot.files[name]
+            found.append(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0))
+            continue
+        tensors = snapshot.own if group == plan.OWN else snapshot.tensors[group]
+        found += [tensors[piece.name] for piece in image.pieces]
+    return found
+
+
+def _size_bytes(groups: plan.Groups, files: Mapping[str, int]) -> int:
+    return sum(spec.size_bytes for each in groups.values() for spec in each) + sum(files.values())
+
+
+def _committed_info(info: CheckpointInfo, outcome: Outcome) -> CheckpointInfo:
+    return replace(
+        info, state=CheckpointState.committed, manifest_sha256=outcome.manifest_sha256, size_bytes=outcome.size_bytes,
+        duration=outcome.duration,
+    )  # fmt: skip
+
+
+def _failure_of(outcome: Outcome) -> str:
+    """Why there is no checkpoint; "" if nothing went wrong."""
+    if outcome.result in (SlotResult.failed, SlotResult.abandoned):
+        return outcome.why or f"its writer says {outcome.result.value}"
+    return ""
+
+
+def _name_of(info: CheckpointInfo) -> str:
+    return info.id.rpartition("/")[2]
 
 
 def _told(error: Exception) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from orchestrator.errors import UserError
+
+_BEST = re.compile(r"([^:]+)(?::(min|max)(?::([1-9]\d*))?)?")
 
 
 class Direction(StrEnum):
@@ -15,7 +20,8 @@ class Direction(StrEnum):
 
 @dataclass(kw_only=True)
 class CheckpointPolicy:
-    """Each trigger works by itself; 0 or "" switches it off. They are looked at in `run.report(…, state=…)`."""
+    """Each trigger works by itself; 0 or "" switches it off. They are looked at in `run.report(…, state=…)`. What is
+    kept is the union of what each `keep_…` says. Raises UserError for a setting that makes no sense."""
 
     every_steps: int = 0
     every_epochs: int = 1
@@ -31,3 +37,41 @@ class CheckpointPolicy:
     """How many of the newest are kept; 0 keeps all of them."""
     keep_best: int = 1
     """How many of the best by `best_metric` are kept besides (without one: of those saved with `best=True`)."""
+    also_best: list[str] = field(default_factory=list)
+    """Further metrics whose best are kept: "val/loss:min:1" is metric, direction and how many."""
+    keep_every_steps: int = 0
+    """Keep the first at or after each multiple of so many steps."""
+    keep_hours: float = 0.0
+    """Keep what is younger."""
+    label: str = "v{epoch}.{step}"
+    """What a checkpoint is called besides its name; knows `{epoch}`, `{step}` and `{attempt}`."""
+    max_gb: float = 0.0
+    """Refuse to save more than this at once, in 10^9 bytes; 0: no limit."""
+    wait: float = 600.0
+    """Seconds that a save which must not be skipped waits for room, and then until it is durable."""
+
+    def __post_init__(self) -> None:
+        label_of(self.label, epoch=0, step=0, attempt=1)
+        for text in self.also_best:
+            also_best(text)
+
+
+def label_of(template: str, *, epoch: int, step: int, attempt: int) -> str:
+    """Example: label_of("v{epoch}.{step}", epoch=3, step=1200, attempt=1) == "v3.1200". Raises UserError."""
+    try:
+        return template.format(epoch=epoch, step=step, attempt=attempt)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"checkpoints.label is {template!r}: only {{epoch}}, {{step}} and {{attempt}} are known there ({error!r})."
+        ) from error
+
+
+def also_best(text: str) -> tuple[str, Direction, int]:
+    """Metric, direction and count of "val/loss:min:2"; what is left out is `max` and 1. Raises UserError."""
+    found = _BEST.fullmatch(text)
+    if found is None:
+        raise UserError(
+            f"checkpoints.also_best: {text!r} is not a metric, then min or max, then how many: 'val/loss:min:1'."
+        )
+    metric, direction, count = found.groups()
+    return metric, Direction(direction or "max"), int(count or 1)

@@ -1,30 +1,151 @@
-"""Which checkpoints are deleted: the union of what each rule keeps, stays."""
+"""Which checkpoints are deleted: what any policy keeps, stays.
+
+Every policy is a function that takes the checkpoints, newest first, and gives the names it keeps with its reason.
+None looks at a clock or a disk. Adding a newer checkpoint never makes a policy keep one that it did not keep before,
+so what is deleted is never missed later.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from orchestrator.checkpoints.catalog import age_key
 from orchestrator.checkpoints.manifest import Manifest
-from orchestrator.checkpoints.policy import CheckpointPolicy, Direction
+from orchestrator.checkpoints.policy import Direction
+
+if TYPE_CHECKING:
+    from orchestrator.checkpoints.catalog import Found
+    from orchestrator.checkpoints.job import BestRule, KeepRules
+
+Policy = Callable[[Sequence[Manifest], "KeepRules", float], Iterable[tuple[str, str]]]
 
 
-def to_delete(
-    checkpoints: Sequence[Manifest], policy: CheckpointPolicy, pinned: Collection[str] = ()
-) -> list[Manifest]:
-    """Those that no rule keeps, oldest first. `checkpoints` are committed ones, newest first; `pinned` are names."""
-    if not policy.keep_last:
+def kept(checkpoints: Sequence[Found], rules: KeepRules, *, now: float) -> dict[str, tuple[str, ...]]:
+    """Name -> why it is kept, oldest first; those that nothing keeps are left out.
+
+    Example: {"step_00000010-a1": ("best val/loss",), "step_00000030-a1": ("last", "pinned")}. `now` is in seconds since
+    1970. What holds a checkpoint (pinned, registered, in use) keeps it whatever the rules say.
+    """
+    newest_first = sorted((found.manifest for found in checkpoints), key=lambda m: age_key(m.name), reverse=True)
+    reasons: dict[str, list[str]] = {manifest.name: [] for manifest in reversed(newest_first)}
+    for policy in _POLICIES:
+        for name, reason in policy(newest_first, rules, now):
+            reasons[name].append(reason)
+    for found in checkpoints:
+        reasons[found.manifest.name] += sorted(hold.name.replace("_", " ") for hold in found.holds)
+    return {name: tuple(why) for name, why in reasons.items() if why}
+
+
+def doomed(checkpoints: Sequence[Found], rules: KeepRules, *, now: float, attempt: int, newest: str) -> list[Manifest]:
+    """Those to delete, oldest first: what nothing keeps, and what must go besides for the run to fit its quota.
+
+    Never `newest`, the name of the one just committed, and never one of a later attempt than `attempt`: whoever is left
+    over from an earlier attempt does not know what the later one needs. `rules.last == 0` keeps all that the quota has
+    room for, and the newest one that training can continue from stays even beyond the quota.
+    """
+    because = kept(checkpoints, rules, now=now)
+    by_age = _by_age(checkpoints)
+    mine = [found for found in by_age if found.manifest.name != newest and found.manifest.attempt <= attempt]
+    gone = [found.manifest for found in mine if found.manifest.name not in because]
+    if rules.quota_bytes:
+        names = {manifest.name for manifest in gone}
+        stay = [found.manifest for found in by_age if found.manifest.name not in names]
+        fixed = names | _needed(checkpoints)
+        movable = [found.manifest for found in mine if found.manifest.name not in fixed and not found.holds]
+        # The best ones go last: they cannot be made again by training on.
+        movable.sort(key=lambda manifest: any(why.startswith("best") for why in because[manifest.name]))
+        gone += _excess(stay, movable, rules.quota_bytes)
+    return sorted(gone, key=lambda manifest: age_key(manifest.name))
+
+
+def over_quota(runs: Mapping[str, Sequence[Found]], quota_bytes: int) -> list[tuple[str, Manifest]]:
+    """What runs that share a quota must give up, as (run, checkpoint), oldest first by the time it was made.
+
+    Each run keeps its newest checkpoint and its newest one that training can continue from; what is held stays too. So
+    the rest may still be larger than the quota. 0 is no quota.
+    """
+    if not quota_bytes:
         return []
-    kept = {checkpoint.name for checkpoint in checkpoints[: policy.keep_last]}
-    kept |= {checkpoint.name for checkpoint in best(checkpoints, policy)}
-    kept |= set(pinned)
-    return [checkpoint for checkpoint in reversed(checkpoints) if checkpoint.name not in kept]
+    run_of = {id(found.manifest): run for run, each in runs.items() for found in each}
+    movable = [
+        found.manifest
+        for each in runs.values()
+        for found in each
+        if not found.holds and found.manifest.name not in _needed(each)
+    ]
+    movable.sort(key=lambda manifest: (manifest.created, run_of[id(manifest)], age_key(manifest.name)))
+    present = [found.manifest for each in runs.values() for found in each]
+    return [(run_of[id(manifest)], manifest) for manifest in _excess(present, movable, quota_bytes)]
 
 
-def best(checkpoints: Sequence[Manifest], policy: CheckpointPolicy) -> list[Manifest]:
-    """The `keep_best` best ones, best first; of equal ones the newer."""
-    if not policy.best_metric:
-        return [checkpoint for checkpoint in checkpoints if checkpoint.is_best][: policy.keep_best]
-    sign = -1.0 if policy.best_direction == Direction.max else 1.0
-    measured = [c for c in checkpoints if not math.isnan(c.metrics.get(policy.best_metric, math.nan))]
-    return sorted(measured, key=lambda c: sign * c.metrics[policy.best_metric])[: policy.keep_best]
+def _excess(present: Sequence[Manifest], movable: Sequence[Manifest], quota_bytes: int) -> list[Manifest]:
+    """The first ones of `movable` without which the rest fits, or all of them."""
+    over = sum(manifest.size_bytes for manifest in present) - quota_bytes
+    gone = []
+    for manifest in movable:
+        if over <= 0:
+            break
+        gone.append(manifest)
+        over -= manifest.size_bytes
+    return gone
+
+
+def _needed(checkpoints: Sequence[Found]) -> set[str]:
+    by_age = [found.manifest for found in _by_age(checkpoints)]
+    return {manifest.name for manifest in (*by_age[-1:], *[m for m in by_age if m.resumable][-1:])}
+
+
+def _by_age(checkpoints: Sequence[Found]) -> list[Found]:
+    return sorted(checkpoints, key=lambda found: age_key(found.manifest.name))
+
+
+# -- policies ------------------------------------------------------------------------------------------------
+
+
+def _last(newest_first: Sequence[Manifest], rules: KeepRules, now: float) -> Iterable[tuple[str, str]]:
+    """The last K, and the last K of those that hold weights only: these replace nothing that training continues
+    from."""
+    if not rules.last:
+        return [(manifest.name, "all are kept") for manifest in newest_first]
+    resumable = [manifest for manifest in newest_first if manifest.resumable]
+    weights = [manifest for manifest in newest_first if not manifest.resumable]
+    return [(manifest.name, "last") for manifest in (*resumable[: rules.last], *weights[: rules.last])]
+
+
+def _best(newest_first: Sequence[Manifest], rules: KeepRules, now: float) -> Iterable[tuple[str, str]]:
+    for rule in rules.best:
+        for manifest in ranked(newest_first, rule)[: rule.count]:
+            yield manifest.name, f"best {rule.metric}".strip()
+
+
+def _every_steps(newest_first: Sequence[Manifest], rules: KeepRules, now: float) -> Iterable[tuple[str, str]]:
+    """The first one at or after each multiple of N: saves seldom fall on the multiple itself."""
+    if not rules.every_steps:
+        return
+    seen = {0}
+    for manifest in reversed(newest_first):
+        turn = manifest.step // rules.every_steps
+        if turn not in seen:
+            seen.add(turn)
+            yield manifest.name, f"every {rules.every_steps} steps"
+
+
+def _young(newest_first: Sequence[Manifest], rules: KeepRules, now: float) -> Iterable[tuple[str, str]]:
+    for manifest in newest_first:
+        if rules.for_seconds and now - manifest.created < rules.for_seconds:
+            yield manifest.name, f"younger than {rules.for_seconds / 3600:g} h"
+
+
+_POLICIES: tuple[Policy, ...] = (_last, _best, _every_steps, _young)
+
+
+def ranked(newest_first: Sequence[Manifest], rule: BestRule) -> list[Manifest]:
+    """Those that the rule's metric measured, best first, of equal ones the newer; NaN is no measurement. A rule without
+    a metric means those that the user called best, newest first."""
+    if not rule.metric:
+        return [manifest for manifest in newest_first if manifest.is_best]
+    sign = -1.0 if rule.direction == Direction.max else 1.0
+    measured = [m for m in newest_first if not math.isnan(m.metrics.get(rule.metric, math.nan))]
+    return sorted(measured, key=lambda m: sign * m.metrics[rule.metric])

@@ -1,107 +1,143 @@
-"""One safetensors file: written in a stream, verified while it is read.
+"""One safetensors file, verified while it is read; image.py says how it is laid out.
 
-Layout: length of the header (u64), header (JSON, padded with spaces so that data starts at a multiple of 4096), then
-the tensors back to back, the widest types first so that each is aligned. Any safetensors reader opens it.
+Reading goes in steps of 1 MiB, straight to where the bytes shall be, and hashes each step while it is still in the
+processor's cache: verifying costs no second pass over the memory.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 import xxhash
 
-from orchestrator.backends.storage import Output
 from orchestrator.checkpoints.manifest import FileEntry, TensorEntry
-from orchestrator.checkpoints.tree import NotStorable
 from orchestrator.errors import CheckpointCorrupt
 
-_ALIGNMENT = 4096
+_STEP = 1 << 20
 
-_NAMES: Mapping[torch.dtype, str] = {
+NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
 }  # fmt: skip
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""What safetensors calls torch's types."""
+TYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
 
 
-def write(output: Output, path: str, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
-    """Writes plain CPU tensors (see tree.py) and says what was written, hashes included."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise NotStorable(name, f"tensor of {tensor.dtype}", "safetensors has no such type")
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    head = _head({name: tensors[name] for name in order})
-    output.write(head)
-    entries = []
-    for name in order:
-        tensor = tensors[name]
-        data = _data(tensor)
-        output.write(data)
-        entries.append(
-            TensorEntry(
-                name=name, dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape), size_bytes=len(data),
-                xxh3=xxhash.xxh3_128_hexdigest(data),
-            )
-        )  # fmt: skip
-    return FileEntry(
-        path=path, size_bytes=len(head) + sum(entry.size_bytes for entry in entries), head_bytes=len(head),
-        head_xxh3=xxhash.xxh3_128_hexdigest(head), tensors=tuple(entries),
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Bytes of one file that follow each other: what one thread reads at a time."""
+
+    file: FileEntry
+    start: int
+    """Where its first tensor begins in the file."""
+    tensors: tuple[TensorEntry, ...]
+    is_first: bool
+    """The file's head belongs to it."""
+    is_last: bool
+    """The file must end behind it."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors) + (self.file.head_bytes if self.is_first else 0)
 
 
-def read(source: BinaryIO, entry: FileEntry, uri: str) -> dict[str, torch.Tensor]:
-    """The file's tensors. Raises CheckpointCorrupt unless every byte is as the manifest says."""
-    head = source.read(entry.head_bytes)
-    _compare(uri, entry.path, entry.head_xxh3, xxhash.xxh3_128_hexdigest(head))
-    tensors = {}
-    for expected in entry.tensors:
-        if expected.dtype not in _TYPES:
-            raise CheckpointCorrupt(uri, entry.path, "a known tensor type", expected.dtype)
-        tensor = torch.empty(expected.shape, dtype=_TYPES[expected.dtype])
-        data = _data(tensor)
-        if len(data) != expected.size_bytes:
-            raise CheckpointCorrupt(uri, entry.path, f"{expected.size_bytes} bytes of {expected.name}", f"{len(data)}")
-        _fill(source, data)
-        _compare(uri, f"{entry.path}:{expected.name}", expected.xxh3, xxhash.xxh3_128_hexdigest(data))
-        tensors[expected.name] = tensor
-    if source.read(1):
-        raise CheckpointCorrupt(uri, entry.path, f"{entry.size_bytes} bytes", "more")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Something in a file that is not as the manifest says."""
+
+    tensor: str
+    """"" for the file's head or its length."""
+    expected: str
+    found: str
+
+
+def parts(file: FileEntry, at_least_bytes: int = 0) -> list[Part]:
+    """The file in parts of that many bytes of tensors or a little more; 0 gives the whole file as one."""
+    groups: list[list[TensorEntry]] = [[]]
+    room = at_least_bytes
+    for tensor in file.tensors:
+        if at_least_bytes and room <= 0:
+            groups.append([])
+            room = at_least_bytes
+        groups[-1].append(tensor)
+        room -= tensor.size_bytes
+    made, start = [], file.head_bytes
+    for i, group in enumerate(groups):
+        part = Part(file=file, start=start, tensors=tuple(group), is_first=i == 0, is_last=i == len(groups) - 1)
+        made.append(part)
+        start += sum(tensor.size_bytes for tensor in group)
+    return made
+
+
+def read_part(source: BinaryIO, part: Part, uri: str) -> dict[str, torch.Tensor]:
+    """The tensors of a part, in memory of their own. `source` must be seekable for a part that is not the first.
+
+    Raises CheckpointCorrupt at the first difference; then nothing of the part is given out.
+    """
+    file = part.file
+    for tensor in part.tensors:  # before anything is allocated for it
+        _check_type(tensor, file, uri)
+    tensors = {tensor.name: torch.empty(tensor.shape, dtype=TYPES[tensor.dtype]) for tensor in part.tensors}
+    places = {name: _data(tensor) for name, tensor in tensors.items()}
+    for difference in _compared(source, part, lambda tensor: places[tensor.name]):
+        where = f"{file.path}:{difference.tensor}" if difference.tensor else file.path
+        raise CheckpointCorrupt(uri, where, difference.expected, difference.found)
     return tensors
 
 
-def _head(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+def differences(source: BinaryIO, part: Part) -> list[Difference]:
+    """All that is wrong in a part; it takes 1 MiB of memory. `source` as for `read_part`."""
+    return list(_compared(source, part, None))
+
+
+def _compared(source: BinaryIO, part: Part, place: Any) -> Iterator[Difference]:
+    """Reads a part into the places of its tensors (None: nowhere) and gives what differs, in the file's order."""
+    file = part.file
+    scratch = memoryview(bytearray(_STEP))
+    if part.is_first:
+        found = _hash_in(source, file.head_bytes, None, scratch)
+        if found != file.head_xxh3:
+            yield Difference(tensor="", expected=file.head_xxh3, found=found)
+    else:
+        source.seek(part.start)
+    for tensor in part.tensors:
+        found = _hash_in(source, tensor.size_bytes, place(tensor) if place else None, scratch)
+        if found != tensor.xxh3:
+            yield Difference(tensor=tensor.name, expected=tensor.xxh3, found=found)
+    if part.is_last and source.read(1):
+        yield Difference(tensor="", expected=f"{file.size_bytes} bytes", found="more")
+
+
+def _hash_in(source: BinaryIO, size: int, into: memoryview | None, scratch: memoryview) -> str:
+    """Hash of the next `size` bytes, which are then in `into`; of fewer, if the file ends before."""
+    digest = xxhash.xxh3_128()
+    done = 0
+    while done < size:
+        step = min(_STEP, size - done)
+        place = into[done : done + step] if into is not None else scratch[:step]
+        count = source.readinto(place)  # type: ignore[attr-defined]
+        if not count:
+            break
+        digest.update(place[:count])
+        done += count
+    return digest.hexdigest()
+
+
+def _check_type(tensor: TensorEntry, file: FileEntry, uri: str) -> None:
+    if tensor.dtype not in TYPES:
+        raise CheckpointCorrupt(uri, file.path, "a known tensor type", tensor.dtype)
+    size = math.prod(tensor.shape) * TYPES[tensor.dtype].itemsize
+    if size != tensor.size_bytes:
+        raise CheckpointCorrupt(uri, file.path, f"{tensor.size_bytes} bytes of {tensor.name}", f"{size}")
 
 
 def _data(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy."""
     data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(data)
-
-
-def _fill(source: BinaryIO, data: memoryview) -> None:
-    """Reads until `data` is full; a file that ends early leaves the rest as it is, which the hash shows."""
-    while data:
-        count = source.readinto(data)  # type: ignore[attr-defined]
-        if not count:
-            return
-        data = data[count:]
-
-
-def _compare(uri: str, file: str, expected: str, found: str) -> None:
-    if expected != found:
-        raise CheckpointCorrupt(uri, file, expected, found)

@@ -18,6 +18,8 @@ import torch
 
 from orchestrator.errors import CheckpointError, UserError
 
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
 Put = Callable[[str, torch.Tensor], Any]
 """Stores the tensor found at a path and gives the JSON that refers to it."""
 Get = Callable[[Any], torch.Tensor]
@@ -41,7 +43,10 @@ class NotStorable(CheckpointError, UserError):
 
 def pack(value: Any, put: Put, path: str = "") -> Any:
     """`value` as JSON. Raises NotStorable naming the path."""
-    if value is None or isinstance(value, bool):
+    kind = type(value)
+    if kind in _TENSORS:  # first: there are thousands of them, and a save must not take long
+        return {"$tensor": put(path, _plain(value, path))}
+    if value is None or kind in (bool, int, str):
         return value
     if isinstance(value, torch.Tensor):
         return {"$tensor": put(path, _plain(value, path))}
@@ -118,27 +123,39 @@ def from_inline(reference: Any) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return raw(tensor).tobytes() if tensor.numel() else b""
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, on the CPU, with the values themselves in memory; shares memory where that is so already."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """Its bytes; without a copy where it is dense already."""
+    flat = dense(tensor).reshape(-1)
+    if flat.stride(0) != 1:  # a single element counts as contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def _pack_mapping(value: Mapping[Any, Any], put: Put, path: str) -> Any:
-    def inner(key: Any) -> str:
-        return f"{path}.{key}" if path else str(key)
-
+    at = f"{path}." if path else ""
     if all(isinstance(key, str) for key in value) and not any(key.startswith("$") for key in value):
-        return {key: pack(item, put, inner(key)) for key, item in value.items()}
-    return {"$items": [[pack(key, put, inner(key)), pack(item, put, inner(key))] for key, item in value.items()]}
+        return {key: pack(item, put, f"{at}{key}") for key, item in value.items()}
+    return {"$items": [[pack(key, put, f"{at}{key}"), pack(item, put, f"{at}{key}")] for key, item in value.items()]}
 
 
 def _plain(tensor: torch.Tensor, path: str) -> torch.Tensor:
-    """Detached, dense, contiguous and on the CPU; shares memory where that is so already."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    """The tensor itself, if a checkpoint can hold it: where it lies and how is the writer's to see to."""
+    if type(tensor) not in _TENSORS:
         raise NotStorable(
             path, type(tensor).__qualname__, "only plain tensors are supported, no sharded or wrapped ones"
         )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         raise NotStorable(path, "tensor", "it is sparse, quantized or has no data")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return tensor
 
 
 def _from_numpy(array: np.ndarray, path: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -33,6 +34,9 @@ class Placement(StrEnum):
     """All on one node."""
     strict_spread = "strict_spread"
     """Each on a node of its own."""
+
+
+_BEST = re.compile(r"[^:]+(:(min|max)(:[1-9]\d*)?)?")
 
 
 class Direction(StrEnum):
@@ -153,6 +157,29 @@ class CheckpointsConfig:
     best_metric: str = ""
     """Key of a reported metric. Empty: none is called best."""
     best_direction: Direction = Direction.max
+    also_best: list[str] = field(default_factory=list)
+    """Further metrics whose best are kept, as metric:direction:count. Example: [val/loss:min:1]."""
+    keep_every_steps: int = bounded(0, minimum=0)
+    """Keep the first at or after each multiple of so many steps; 0: none for that."""
+    keep_hours: float = bounded(0.0, minimum=0)
+    """Keep what is younger than so many hours."""
+    label: str = "v{epoch}.{step}"
+    """What a checkpoint is called besides its name. Knows {epoch}, {step} and {attempt}."""
+    max_gb: float = bounded(0.0, minimum=0)
+    """Refuse to save more than so many 10^9 bytes; 0: no limit."""
+    wait: float = bounded(600.0, minimum=0)
+    """Seconds that a save which must not be skipped waits for room, and then until it is durable."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.label.format(epoch=0, step=0, attempt=1)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            why = f"is no such template ({error!r})."
+            raise ConfigError("checkpoints.label", self.label, why, "Use {epoch}, {step} and {attempt}.") from error
+        for text in self.also_best:
+            if not _BEST.fullmatch(text):
+                why = "is not a metric, then min or max, then how many."
+                raise ConfigError("checkpoints.also_best", text, why, "Example: val/loss:min:1")
 
 
 @dataclass(kw_only=True)
@@ -280,6 +307,8 @@ RESERVED = ("experiment", "hydra", "defaults")
 NOT_WORK = (
     *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume"),
     *("tracking.debug", "tracking.perf"),
+    *("checkpoints.also_best", "checkpoints.keep_every_steps", "checkpoints.keep_hours", "checkpoints.label"),
+    *("checkpoints.max_gb", "checkpoints.wait"),
     *("storage", "database", "mlflow", "tensorboard", "ray", "redis", "provenance", "submit", "preset", "environment"),
 )
 """Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash."""

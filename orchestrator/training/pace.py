@@ -20,6 +20,12 @@ METRICS: Mapping[str, Mapping[str, str]] = {
 loader was waited for, samples of this rank, and the most memory so far (of the GPU where there is one, else of the
 process)."""
 
+CHECKPOINT_METRICS: Mapping[str, Mapping[str, str]] = {
+    "perf/checkpoint_stall": {"unit": "s", "direction": "min", "reduction": "max"},
+    "perf/checkpoints_skipped": {"direction": "min", "reduction": "max"},
+}
+"""What is recorded when one is due: how long training stood still for it, and how many were skipped so far."""
+
 WINDOW = 1.0
 """Seconds of training that one recorded point covers, at least."""
 _LONG = 4.0

@@ -8,8 +8,10 @@ import json
 import math
 import mimetypes
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints.engine import Checkpoints, SaveFailed
-from orchestrator.checkpoints.manifest import CheckpointInfo
+from orchestrator.checkpoints.engine import CheckpointEngine, SaveFailed, TooLarge
+from orchestrator.checkpoints.manifest import CheckpointInfo, CheckpointState
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.checkpoints.reader import Stored
+from orchestrator.checkpoints.staging import Stager
 from orchestrator.checkpoints.state import TrainState
 from orchestrator.checkpoints.triggers import Moment, improved, reasons_to_save
 from orchestrator.clock import Clock, SystemClock
@@ -32,7 +35,7 @@ from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training import seeds
 from orchestrator.training.group import Group, Value
 from orchestrator.training.loader import ShardedLoader
-from orchestrator.training.pace import METRICS, Pace, peak_memory
+from orchestrator.training.pace import CHECKPOINT_METRICS, METRICS, Pace, peak_memory
 from orchestrator.training.recorder import Recorder
 
 
@@ -48,6 +51,36 @@ class RunStopped(BaseException):
 
     def __str__(self) -> str:
         return f"Run {self.run} was asked to stop at step {self.step}."
+
+
+PERIODIC = ("every_steps", "every_epochs", "every_minutes")
+"""Reasons to save that come again: where there is no room, such a checkpoint is skipped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What happens at a report."""
+
+    reasons: tuple[str, ...] = ()
+    """To save; empty for none."""
+    is_best: bool = False
+    stop: bool = False
+    best: str | None = None
+    """The best value of the policy's metric so far."""
+    announced: str = ""
+    """What the engine needs to know of the save on all ranks."""
+
+    @property
+    def must(self) -> bool:
+        return any(reason not in PERIODIC for reason in self.reasons)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Decision:
+        raw = json.loads(text)
+        return cls(**{**raw, "reasons": tuple(raw["reasons"])})
 
 
 class Run:
@@ -70,6 +103,7 @@ class Run:
         seed: int = 0,
         seeds_generators: bool = True,
         checkpoints: CheckpointPolicy | None = None,
+        stager: Stager | None = None,
         resume: bool = True,
         config_hash: str = "",
         device: torch.device | str | None = None,
@@ -77,8 +111,9 @@ class Run:
         perf: bool = False,
         clock: Clock | None = None,
     ) -> None:
-        """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `perf`
-        records how fast it goes; see pace.py."""
+        """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `stager`
+        takes checkpoints from training's hands; without one a save writes before it returns. `perf` records how fast
+        it goes; see pace.py."""
         self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
         self._clock = clock or SystemClock()
         self._device = torch.device(device) if device is not None else _default_device(local_rank)
@@ -90,7 +125,7 @@ class Run:
         """Micro-batches per optimizer step; see `accumulate`."""
         self._policy = checkpoints or CheckpointPolicy()
         self._storage = Storage(ticket.directory)
-        self._checkpoints = Checkpoints(
+        self._checkpoints = CheckpointEngine(
             self._storage.join("checkpoints"),
             run=ticket.run,
             attempt=ticket.attempt,
@@ -98,6 +133,7 @@ class Run:
             policy=self._policy,
             clock=self._clock,
             diary=_Diary(self),
+            stager=stager,
             seed=seed,
             config_hash=config_hash,
         )
@@ -110,8 +146,14 @@ class Run:
         self._micro_batch = 0
         self._best: float | None = None
         self._saved = Moment(time=self._clock.monotonic())
+        self._durable = self._saved
+        """Where the newest checkpoint is that surely exists; `_saved` may be one that is still being written."""
+        self._staged: dict[str, Moment] = {}
+        self._is_state_new = False
+        self._is_known_too_large = False
+        self._skips_logged = 0
         self._pace = Pace(self._record_pace, peak_memory(self._device)) if perf else None
-        self._has_told_pace = False
+        self._explained: set[str] = set()
         if seeds_generators:
             seeds.seed_everything(seed, rank)
 
@@ -201,6 +243,7 @@ class Run:
         request decide for all. Gives the checkpoint, if one was saved. A save that fails is an event, and training
         goes on. Raises RunStopped.
         """
+        self._hear_of_saves()
         metrics = metrics or {}
         if metrics:
             self._step += not self._logged
@@ -209,20 +252,20 @@ class Run:
             self._logged = False
             self._recorder.log(metrics, self._step)
         numbers = {key: _number(key, value) for key, value in metrics.items()}
-        reasons, is_best, stop = self._decide(numbers, state is not None, best)
+        if state is not None and self._is_state_new:
+            self._is_state_new = False
+            self._checkpoints.expect(state)  # again: most optimizers have no state before their first step
+        decision = self._decide(numbers, state is not None, best)
         info = None
-        if reasons:
-            state = self._state if state is None and stop else state
+        if decision.reasons:
+            state = self._state if state is None and decision.stop else state
             if state is None:
                 raise UserError(
                     f"rank 0 called run.report with a state, rank {self.rank} without: give it on every rank."
                 )
-            try:
-                info = self._save(state, numbers, is_best=is_best, reasons=reasons)
-            except SaveFailed as error:
-                if self.is_main:
-                    self.event("checkpoint-failed", str(error), level="error", reasons=list(reasons))
-        if stop:
+            info = self._save_or_tell(state, numbers, decision)
+        if decision.stop:
+            self._await_saves()
             self._end_pace()
             raise RunStopped(self.id, self._step)
         return info
@@ -303,14 +346,20 @@ class Run:
         scheduler: Any = None,
         scaler: Any = None,
         loader: Any = None,
-        **extra: Any,
+        extra: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        **more: Any,
     ) -> TrainState:
         """What `report` and `save` shall store; see TrainState. Collective while resuming: restores at once from the
         newest valid checkpoint, random generators, step and epoch included. Raises CheckpointMismatch when that one
         belongs to other code. Without `loader` the shuffled DataLoader that was prepared is taken, if it is the only
-        one.
+        one. Example: state = run.state(model=model, optimizer=optimizer, extra={"best": 0.0},
+        files={"vocabulary.json": data}).
         """
-        state = TrainState(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, loader=loader, **extra)
+        state = TrainState(
+            model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, loader=loader, extra=extra,
+            files=files, **more,
+        )  # fmt: skip
         shuffled = [each for each in self._loaders if each.is_shuffled]
         if loader is None and len(shuffled) == 1:
             state.loader = shuffled[0]
@@ -319,12 +368,20 @@ class Run:
             stored = self._checkpoints.restore(state)
             if stored is not None:
                 self._continue_from(stored, state)
+        self._checkpoints.expect(state)
+        self._is_state_new = True
         return state
 
-    def save(self, state: TrainState, *, best: bool = False) -> CheckpointInfo:
-        """Collective. Saves now and waits until it is durable. Raises SaveFailed on all ranks if it could not be
-        written."""
-        return self._save(state, {}, is_best=best, reasons=("best",) if best else ("now",))
+    def save(
+        self, state: TrainState, *, best: bool = False, wait: bool = True, weights_only: bool = False
+    ) -> CheckpointInfo:
+        """Collective. Saves now and waits until it is durable; without `wait` only until it is safe from what training
+        does next. `weights_only` saves the model alone: such a checkpoint is for others, no run continues from it.
+        Raises SaveFailed, or TooLarge, on all ranks if it could not be written."""
+        reasons = ("best",) if best else ("now",)
+        info = self._save(state, {}, is_best=best, reasons=reasons, waits=wait, weights_only=weights_only)
+        assert info is not None  # only what need not be is skipped
+        return info
 
     def finish(self) -> None:
         """Collective; called by the launcher after the train function returned. Saves what is newer than the last
@@ -335,13 +392,11 @@ class Run:
             self.event("best-metric-missing", what, level="warning")
         if self._state is None:
             return  # of all ranks: perhaps rank 0 alone records, so nothing collective
-        due = self._policy.at_end and self._step > self._saved.step
+        self._await_saves()
+        due = self._policy.at_end and self._step > self._durable.step
         if self._group.share("save" if due else ""):
-            try:
-                self._save(self._state, {}, is_best=False, reasons=("end",))
-            except SaveFailed as error:
-                if self.is_main:
-                    self.event("checkpoint-failed", str(error), level="error", reasons=["end"])
+            self._save_or_tell(self._state, {}, Decision(reasons=("end",)))
+        self._checkpoints.close()
 
     # -- record ------------------------------------------------------------------------------------------------------
 
@@ -454,19 +509,23 @@ class Run:
         return self._pace if is_training and torch.is_grad_enabled() else None
 
     def _record_pace(self, values: dict[str, float]) -> None:
-        if not self._has_told_pace:
-            self._has_told_pace = True
-            for name, meaning in METRICS.items():
-                self.metric(name, **meaning)
+        self._explain(METRICS)
         self._recorder.log(values, self._step)
+
+    def _explain(self, metrics: Mapping[str, Mapping[str, str]]) -> None:
+        """What metrics that are recorded unasked mean; told once each."""
+        for name, meaning in metrics.items():
+            if name not in self._explained:
+                self._explained.add(name)
+                self.metric(name, **meaning)
 
     def _end_pace(self) -> None:
         if self._pace is not None:
             self._pace.close()
 
-    def _decide(self, metrics: Mapping[str, float], has_state: bool, best: bool) -> tuple[tuple[str, ...], bool, bool]:
-        """Reasons to save, whether it is the best so far, whether to stop: rank 0's decision, on all ranks."""
-        decision: dict[str, Any] = {}
+    def _decide(self, metrics: Mapping[str, float], has_state: bool, best: bool) -> Decision:
+        """Rank 0's, on all ranks."""
+        decision = Decision()
         if self.is_main:
             now = self._moment(metrics)
             stop = self._recorder.stop_requested()
@@ -476,10 +535,13 @@ class Run:
             is_better = improved(self._policy, now)
             if is_better:
                 self._best = metrics[self._policy.best_metric]
-            decision = {"reasons": reasons, "is_best": is_better or best, "stop": stop, "best": _text(self._best)}
-        decision = json.loads(self._group.share(json.dumps(decision)))
-        self._best = None if decision["best"] is None else float(decision["best"])
-        return tuple(decision["reasons"]), decision["is_best"], decision["stop"]
+            announced = self._checkpoints.announce(self._step) if reasons else ""
+            decision = Decision(
+                reasons=reasons, is_best=is_better or best, stop=stop, best=_text(self._best), announced=announced
+            )
+        decision = Decision.from_json(self._group.share(decision.to_json()))
+        self._best = None if decision.best is None else float(decision.best)
+        return decision
 
     def _moment(self, metrics: Mapping[str, float]) -> Moment:
         done = self._epoch + self._epoch_complete()
@@ -490,25 +552,87 @@ class Run:
         trained_on = self._state.loader if self._state is not None else None
         return not any(loader.is_active and (loader.is_shuffled or loader is trained_on) for loader in self._loaders)
 
+    def _save_or_tell(
+        self, state: TrainState, metrics: Mapping[str, float], decision: Decision
+    ) -> CheckpointInfo | None:
+        """A save that nobody asked for by name: where it fails, an event says so and training goes on."""
+        ends = decision.stop or "end" in decision.reasons
+        try:
+            info = self._save(
+                state, metrics, is_best=decision.is_best, reasons=decision.reasons, announced=decision.announced,
+                must=decision.must, waits=ends,
+            )  # fmt: skip
+        except (SaveFailed, TooLarge) as error:
+            info = None
+            if isinstance(error, TooLarge):
+                self._saved = self._moment({})  # the next time that one is due is soon enough to try again
+            if self.is_main and not (isinstance(error, TooLarge) and self._is_known_too_large):
+                self.event("checkpoint-failed", str(error), level="error", reasons=list(decision.reasons))
+            self._is_known_too_large |= isinstance(error, TooLarge)
+        return info
+
     def _save(
-        self, state: TrainState, metrics: Mapping[str, float], *, is_best: bool, reasons: tuple[str, ...]
-    ) -> CheckpointInfo:
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        *,
+        is_best: bool,
+        reasons: tuple[str, ...],
+        must: bool = True,
+        waits: bool = True,
+        weights_only: bool = False,
+        announced: str = "",
+    ) -> CheckpointInfo | None:
+        started = time.monotonic()
         loader_state = state.loader_state()
-        complete = self._epoch_complete()
         info = self._checkpoints.save(
             state,
             step=self._step,
             epoch=self._epoch,
-            epoch_complete=complete,
+            epoch_complete=self._epoch_complete(),
             metrics=metrics,
             is_best=is_best,
             reasons=reasons,
             progress={"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged},
             rank_state={"generators": seeds.capture(), "loader": loader_state},
             data=_json(loader_state) if isinstance(state.loader, ShardedLoader) else {},
+            must=must,
+            waits=waits,
+            weights_only=weights_only,
+            announced=announced,
         )
-        self._saved = self._moment({})
+        if info is not None and not weights_only:
+            self._saved = self._moment({})
+            if info.state is CheckpointState.staged:
+                self._staged[info.id] = self._saved
+            else:
+                self._durable = self._saved
+        if self._pace is not None:
+            self._explain(CHECKPOINT_METRICS)
+            self._recorder.log({"perf/checkpoint_stall": time.monotonic() - started, **self._skips()}, self._step)
         return info
+
+    def _skips(self) -> dict[str, float]:
+        """The number of skipped checkpoints, if it grew."""
+        skipped = self._checkpoints.skipped
+        if skipped == self._skips_logged:
+            return {}
+        self._skips_logged = skipped
+        return {"perf/checkpoints_skipped": float(skipped)}
+
+    def _await_saves(self) -> None:
+        """Collective. Nothing is staged afterwards, or it takes longer than the policy allows."""
+        self._checkpoints.drain(self._policy.wait)
+        self._hear_of_saves()
+
+    def _hear_of_saves(self) -> None:
+        """What became of staged checkpoints. Where one failed, the next is due as if it had not been taken."""
+        for ended in self._checkpoints.poll():
+            moment = self._staged.pop(ended.info.id, None)
+            if ended.why:
+                self._saved = self._durable
+            elif moment is not None:
+                self._durable = moment
 
     def _continue_from(self, stored: Stored, state: TrainState) -> None:
         manifest = stored.manifest
@@ -529,6 +653,7 @@ class Run:
             self._generators = dict(stored.rank["generators"])
             seeds.restore(self._generators)
         self._saved = Moment(step=self._step, epochs_done=self._first_epoch, time=self._clock.monotonic())
+        self._durable = self._saved
         if self.is_main:
             where = f"continues from {manifest.name}: step {manifest.step}, epoch {self._first_epoch}"
             exact = "bit for bit" if not why else "relaxed: " + "; ".join(why)
@@ -536,7 +661,7 @@ class Run:
 
     def _why_relaxed(self, stored: Stored) -> list[str]:
         """Reasons why the continued training cannot equal an uninterrupted one bit for bit."""
-        manifest, why = stored.manifest, []
+        manifest, why = stored.manifest, list(stored.why)
         if manifest.world_size != self.world_size:
             why.append(f"{manifest.world_size} workers then, {self.world_size} now")
         if manifest.config_hash != self._config_hash:

@@ -15,11 +15,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from orchestrator.checkpoints.engine import SaveFailed, Unreadable
+from orchestrator.backends.storage import Storage
+from orchestrator.checkpoints.engine import SaveFailed, StateRefused, Unreadable
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training.group import Group
 from orchestrator.training.run import Run, RunStopped
+from tests.plugins.delayed_stager import DelayedStager
 
 WORLD = 2
 
@@ -125,19 +127,86 @@ def failing_save(directory: Path, rank: int) -> dict[str, Any]:
     run.log({"a": 1.0})
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr("orchestrator.checkpoints.writer.write_rank", no_space)
+            patch.setattr("orchestrator.checkpoints.writer.write_job", no_space)
         try:
             run.save(state)
             error = ""
         except SaveFailed as failed:
             error = str(failed)
     dist.barrier()
-    names = sorted(path.name for path in (directory / "failing" / "checkpoints").iterdir())
+    names = sorted(path.name for path in (directory / "failing" / "checkpoints").glob("step_*"))
     return {"error": error, "names": names}
 
 
 def no_space(*_: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def shares(directory: Path, rank: int) -> dict[str, Any]:
+    """Each rank writes its half, and buffers that differ are each rank's own."""
+    run, _ = new_run(directory / "shares", rank)
+    bare = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30), nn.BatchNorm1d(30))
+    model = DistributedDataParallel(bare, broadcast_buffers=False)
+    optimizer = torch.optim.Adam(model.parameters())
+    torch.manual_seed(rank)
+    model(torch.randn(8, 30)).square().mean().backward()
+    optimizer.step()
+    state = run.state(model=model, optimizer=optimizer, files={"words": b"abc"})
+    info = run.save(state)
+    mean = bare[2].running_mean.tolist()
+    with torch.no_grad():
+        for tensor in [*bare.parameters(), *bare.buffers()]:
+            tensor.zero_()
+    again, recorder = new_run(directory / "shares", rank, attempt=2)
+    restored = again.state(model=model, optimizer=optimizer)
+    return {
+        "uri": info.uri,
+        "sizes": {path.name: path.stat().st_size for path in Path(info.uri).rglob("*.safetensors")},
+        "mean": mean,
+        "mean_restored": bare[2].running_mean.tolist(),
+        "weights_sum": weights(bare[0])[0],
+        "files": sorted(restored.files),
+    }
+
+
+def different_models(directory: Path, rank: int) -> dict[str, Any]:
+    """What is not the same on all ranks cannot be divided among them."""
+    run, _ = new_run(directory / "different", rank)
+    try:
+        run.save(run.state(model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2 + rank))))
+    except StateRefused as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def no_room_on_one_rank(directory: Path, rank: int) -> dict[str, Any]:
+    """Rank 1 still writes its first save: none may take part in a second one."""
+    stager = DelayedStager(Storage(str(directory / "room" / "checkpoints")), slots=2 - rank)
+    policy = CheckpointPolicy(every_steps=1, every_epochs=0)
+    run, recorder = new_run(directory / "room", rank, stager=stager, checkpoints=policy, perf=True)
+    state = run.state(model=nn.Linear(1, 1))
+    states = []
+    for _ in range(3):
+        run.log({"a": 1.0})
+        info = run.report(state=state)
+        states.append(info.state.value if info else None)
+    if rank == 1:
+        stager.write()
+    dist.barrier()
+    stager.writes_while_waited_for = True
+    if rank == 0:
+        stager.write()
+    run.log({"a": 1.0})
+    info = run.report(state=state)
+    run.finish()
+    return {
+        "states": states,
+        "abandoned": stager.abandoned,
+        "after": info.state.value if info else None,
+        "events": recorder.events(),
+        "committed": [fact.data["step"] for fact in recorder.told if fact.kind is FactKind.checkpoint],
+        "skipped": [value for _, key, value in recorder.points if key == "perf/checkpoints_skipped"],
+    }
 
 
 def damaged_on_one_rank(directory: Path, rank: int) -> dict[str, Any]:
@@ -204,7 +273,10 @@ def accumulating(directory: Path, rank: int) -> dict[str, Any]:
     return {"gradients": gradients}
 
 
-SCENES = (words, resume, failing_save, damaged_on_one_rank, unreadable_on_one_rank, preparing, accumulating)
+SCENES = (
+    words, resume, failing_save, shares, different_models, no_room_on_one_rank, damaged_on_one_rank,
+    unreadable_on_one_rank, preparing, accumulating,
+)  # fmt: skip
 
 
 def play(rank: int, directory: Path) -> None:
@@ -268,6 +340,39 @@ def test_a_rank_that_cannot_write_fails_the_save_for_all(played: list[dict[str, 
     for each in played:
         assert "rank 1" in each["failing_save"]["error"]
         assert each["failing_save"]["names"] == ["step_00000000-a1"]
+
+
+def test_each_rank_writes_half_of_what_is_the_same(played: list[dict[str, Any]]) -> None:
+    one, two = (each["shares"] for each in played)
+    sizes = one["sizes"]
+    assert sizes.keys() >= {f"{group}-0000{n}-of-00002.safetensors" for group in ("model", "optim") for n in (1, 2)}
+    written = [sum(size for name, size in sizes.items() if f"-{n}-of" in name) for n in ("00001", "00002")]
+    assert abs(written[0] - written[1]) < 8192
+    index = json.loads((Path(one["uri"]) / "model" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 2
+    assert one["weights_sum"] == two["weights_sum"] != 0.0
+    assert one["files"] == two["files"] == ["words"]
+
+
+def test_buffers_that_differ_come_back_to_each_rank(played: list[dict[str, Any]]) -> None:
+    one, two = (each["shares"] for each in played)
+    assert one["mean"] != two["mean"]
+    assert [each["shares"]["mean_restored"] for each in played] == [one["mean"], two["mean"]]
+
+
+def test_models_that_differ_are_named_on_all_ranks(played: list[dict[str, Any]]) -> None:
+    for each in played:
+        assert "model/1.bias is F32 [2] on rank 0 and F32 [3] on rank 1" in each["different_models"]["error"]
+
+
+def test_a_rank_without_room_makes_all_skip(played: list[dict[str, Any]]) -> None:
+    one, two = (each["no_room_on_one_rank"] for each in played)
+    assert one["states"] == two["states"] == ["staged", None, None]
+    assert (one["abandoned"], two["abandoned"]) == (2, 0), "rank 0 had room and gave it back"
+    assert one["after"] == two["after"] == "staged"
+    assert (one["events"], two["events"]) == (["checkpoint-skipped"], [])
+    assert one["skipped"] == two["skipped"] == [1.0, 2.0]
+    assert one["committed"] == [1, 4]
 
 
 def test_damage_that_one_rank_sees_makes_all_fall_back(played: list[dict[str, Any]]) -> None:

@@ -16,7 +16,10 @@ from orchestrator.cli import main, parser
 from orchestrator.cli.output import Output
 from orchestrator.errors import ConfigError
 
-NEEDED = {"cancel": ["r1"], "config diff": ["r1"], "db backup": ["backup.orc"], "db restore": ["backup.orc"]}
+NEEDED = {
+    "cancel": ["r1"], "config diff": ["r1"], "db backup": ["backup.orc"], "db restore": ["backup.orc"],
+    "checkpoint pin": ["r1@best"], "checkpoint unpin": ["r1@best"], "checkpoint rm": ["r1@best", "--yes"],
+}  # fmt: skip
 CLUSTER = ("up", "down", "status", "doctor")
 
 CLUSTER_MODULE = """
@@ -94,6 +97,14 @@ def test_service_verbs_run_our_cluster_folder_and_pass_its_exit_code_on(
         (["ls", "--status", "runing"], "Did you mean 'running'?"),
         (["ls", "--tag", "team"], "write NAME=VALUE"),
         (["cancel"], "RUN"),
+        (["checkpoint"], "usage: orc checkpoint {ls|show|verify|export|pin|unpin|rm|gc|rebuild}"),
+        (["checkpoint", "verfy"], "Did you mean 'verify'?"),
+        (["checkpoint", "rm"], "RUN@NAME"),
+        (["checkpoint", "gc", "x", "--experiment", "y"], "a RUN or --experiment, not both"),
+        (["checkpoint", "gc", "--keep-last", "0"], "'0' is no positive number"),
+        (["checkpoint", "gc", "--quota-gb", "-1"], "no number from 0 up"),
+        (["checkpoint", "export", "x", "--format", "onnx"], "invalid choice: 'onnx'"),
+        (["checkpoint", "show", "./nowhere"], "There is no such directory."),
         (["logs", "x", "--follow", "--json"], "choose one"),
         (["logs", "x", "--rank", "first"], "a number from 0 up, or `all`"),
         (["metrics", "x", "--format", "csv", "--json"], "choose one"),

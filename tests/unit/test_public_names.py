@@ -10,8 +10,8 @@ import pytest
 import orchestrator
 
 NAMES = [
-    "OrchestratorError", "Run", "RunStopped", "TrainCallback", "TuneCallback", "UserError", "metrics", "open_catalog",
-    "start_run",
+    "Checkpoints", "OrchestratorError", "Run", "RunStopped", "TrainCallback", "TuneCallback", "UserError",
+    "load_checkpoint", "metrics", "open_catalog", "start_run",
 ]  # fmt: skip
 
 

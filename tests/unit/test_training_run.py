@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from orchestrator.backends.storage import UnsafePath
-from orchestrator.checkpoints.engine import SaveFailed, StateRefused
+from orchestrator.backends.storage import Storage, UnsafePath
+from orchestrator.checkpoints.engine import SaveFailed, StateRefused, TooLarge
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.clock import ManualClock
 from orchestrator.errors import UserError
@@ -27,6 +27,7 @@ from orchestrator.provenance.datasets import fingerprint
 from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training.run import Run, RunStopped
+from tests.plugins.delayed_stager import DelayedStager
 
 torch.set_num_threads(1)
 
@@ -296,14 +297,15 @@ def test_resume_false_starts_from_the_beginning(tmp_path: Path) -> None:
 
 def test_damage_falls_back_to_the_older_one_and_is_told(tmp_path: Path) -> None:
     want, _ = uninterrupted(tmp_path, epochs=3)
-    newest = max((tmp_path / "checkpoints").iterdir())
+    newest = max((tmp_path / "checkpoints").glob("step_*"))
     data = (newest / "model" / "model-00001-of-00001.safetensors").read_bytes()
     (newest / "model" / "model-00001-of-00001.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     run, recorder = new_run(tmp_path, attempt=2, seed=3)
     assert_equal(train(run, 3), want)
     kinds = [event["kind"] for event in recorder.facts(FactKind.event)]
     assert kinds == ["checkpoint-quarantined", "checkpoint-fallback", "resumed"]
-    assert recorder.facts(FactKind.checkpoint)[0]["state"] == "quarantined"
+    told = [fact for fact in recorder.facts(FactKind.checkpoint) if fact["id"] == f"r1/{newest.name}"]
+    assert [fact["state"] for fact in told] == ["committed", "quarantined"], "told again, then put aside"
 
 
 def test_a_resume_that_is_not_exact_says_why(tmp_path: Path) -> None:
@@ -463,3 +465,132 @@ def test_without_scikit_learn_the_digits_job_says_what_to_install(monkeypatch: p
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install 'ray-orchestrator\[demo\]'"):
         digits.datasets(0.2)
+
+
+# -- where writing is another's ------------------------------------------------------------------------------
+
+
+def staged_run(directory: Path, **policy: Any) -> tuple[Run, MemoryRecorder, DelayedStager]:
+    stager = DelayedStager(Storage(str(directory / "checkpoints")))
+    settings = CheckpointPolicy(**{"every_epochs": 0, "every_steps": 1, **policy})
+    run, recorder = new_run(directory, stager=stager, checkpoints=settings)
+    return run, recorder, stager
+
+
+def step(run: Run, state: Any) -> Any:
+    run.log({"a": 1.0})
+    return run.report(state=state)
+
+
+def test_a_report_does_not_wait_and_a_later_one_tells_what_became_durable(tmp_path: Path) -> None:
+    run, recorder, stager = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    info = step(run, state)
+    assert info.state.value == "staged"
+    assert recorder.facts(FactKind.checkpoint) == []
+    stager.write()
+    step(run, state)
+    (told,) = recorder.facts(FactKind.checkpoint)
+    assert (told["id"], told["state"]) == (info.id, "committed")
+
+
+def test_room_is_asked_for_again_once_the_optimizer_has_a_state(tmp_path: Path) -> None:
+    run, _, stager = staged_run(tmp_path, every_steps=100)
+    model = nn.Linear(30, 30)
+    optimizer = torch.optim.Adam(model.parameters())
+    state = run.state(model=model, optimizer=optimizer)
+    for _ in range(2):
+        model(torch.ones(1, 30)).sum().backward()
+        optimizer.step()
+        step(run, state)
+    assert [layout.size_bytes // 4096 for layout in stager.expected] == [2, 5]
+
+
+def test_one_that_failed_is_made_up_for_at_the_end(tmp_path: Path) -> None:
+    run, recorder, stager = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    step(run, state)
+    stager.fail("the disk is on fire")
+    run.finish()
+    assert [fact["reasons"] for fact in recorder.facts(FactKind.checkpoint)] == [("end",)]
+    assert [event["kind"] for event in recorder.facts(FactKind.event)] == ["checkpoint-failed"]
+
+
+def test_the_end_waits_for_what_is_staged(tmp_path: Path) -> None:
+    run, recorder, _ = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    step(run, state)
+    step(run, state)
+    run.finish()
+    assert [fact["step"] for fact in recorder.facts(FactKind.checkpoint)] == [1, 2], "and the end needs none of its own"
+
+
+def test_a_stop_waits_until_all_is_durable(tmp_path: Path) -> None:
+    run, recorder, _ = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    step(run, state)
+    recorder.stop_at = 2
+    with pytest.raises(RunStopped):
+        step(run, state)
+    assert [fact["state"] for fact in recorder.facts(FactKind.checkpoint)] == ["committed", "committed"]
+
+
+def test_a_best_one_waits_for_room_and_a_periodic_one_is_skipped(tmp_path: Path) -> None:
+    run, recorder, stager = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    for _ in range(2):
+        step(run, state)
+    assert step(run, state) is None
+    assert [event["kind"] for event in recorder.facts(FactKind.event)] == ["checkpoint-skipped"]
+    assert run.report(state=state, best=True) is None, "there was no room in the whole time"
+    assert stager.patience[-1] == CheckpointPolicy().wait
+    assert [event["kind"] for event in recorder.facts(FactKind.event)][1:] == ["checkpoint-failed"]
+
+
+def test_a_save_need_not_be_waited_for(tmp_path: Path) -> None:
+    run, _, stager = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    assert run.save(state, wait=False).state.value == "staged"
+    assert run.save(state).state.value == "committed"
+    assert stager.sealed == []
+
+
+def test_a_state_that_is_too_large_is_told_once_and_training_goes_on(tmp_path: Path) -> None:
+    policy = CheckpointPolicy(every_steps=1, every_epochs=0, max_gb=1e-9)
+    run, recorder = new_run(tmp_path, checkpoints=policy)
+    state = run.state(model=nn.Linear(10, 10))
+    for _ in range(3):
+        assert step(run, state) is None
+    kinds = [event["kind"] for event in recorder.facts(FactKind.event)]
+    assert kinds == ["checkpoint-too-large", "checkpoint-failed"]
+    with pytest.raises(TooLarge):
+        run.save(state)
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    run.log({"a": 1.0})
+    assert not run.save(state, weights_only=True).resumable
+    again, recorder = new_run(tmp_path, attempt=2)
+    again.state(model=nn.Linear(1, 1))
+    assert again.step == 0
+    assert recorder.facts(FactKind.event) == []
+
+
+def test_extras_and_files_come_back(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path)
+    run.save(run.state(model=nn.Linear(1, 1), extra={"best": 0.5}, files={"words": b"a b"}, seen=3))
+    again, _ = new_run(tmp_path, attempt=2)
+    state = again.state(model=nn.Linear(1, 1), extra={"best": 0.0}, seen=0)
+    assert state.extra == {"best": 0.5, "seen": 3}
+    assert state.files == {"words": b"a b"}
+
+
+def test_how_long_training_stood_still_is_recorded_if_speed_is(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path, perf=True)
+    run.log({"a": 1.0})
+    run.save(run.state(model=nn.Linear(1, 1)))
+    (stall,) = [values["perf/checkpoint_stall"] for _, values in recorder.points if "perf/checkpoint_stall" in values]
+    assert stall > 0
+    assert "perf/checkpoint_stall" in [fact["name"] for fact in recorder.facts(FactKind.metric)]

@@ -1,0 +1,310 @@
+"""Saving through shared memory: what is saved is what was there at the return, however training goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.backends.storage import Storage
+from orchestrator.checkpoints.image import SIZES, TensorSpec
+from orchestrator.checkpoints.job import Layout, SlotResult
+from orchestrator.checkpoints.plan import layout
+from orchestrator.checkpoints.service import WriterService
+from orchestrator.checkpoints.slab import Owner, SlabFile
+from orchestrator.checkpoints.slab_stager import SlabStager
+from orchestrator.checkpoints.staging import DirectStager
+from tests.plugins.slab_saves import job
+
+OWNER = Owner(run="r1", attempt=1, rank=0, pid=os.getpid())
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.complex64: "C64",
+}  # fmt: skip
+
+
+class Writer:
+    """Writers in threads of this process, and a way to ask them without a socket."""
+
+    def __init__(self, root: Path) -> None:
+        self.service = WriterService(str(root), threads=2)
+        self.service.step(0.0)
+        self.is_there = True
+        self._thread: threading.Thread | None = None
+        self.rung = 0
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self.service.run)
+        self._thread.start()
+
+    def lease(self, slot_bytes: int, owner: Owner, *, slots: int = 2) -> SlabFile | None:
+        if not self.is_there:
+            raise ConnectionError("no writer")
+        given = self.service.lease(
+            slot_bytes, {"run": owner.run, "attempt": owner.attempt, "rank": owner.rank, "pid": owner.pid}, slots=slots
+        )
+        if not given["slots"]:
+            return None
+        slab = SlabFile(Path(given["slab"]))
+        assert slab.fill()
+        return slab
+
+    def ring(self) -> int:
+        self.rung += 1
+        self.service._ring()
+        return 1
+
+    def ensure(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self.service.stop()
+            self._thread.join()
+        self.service.close()
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    root = Path(tempfile.mkdtemp(prefix="orct-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    yield root / "r"
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def writer(root: Path) -> Iterator[Writer]:
+    writer = Writer(root)
+    yield writer
+    writer.close()
+
+
+@pytest.fixture
+def stager(writer: Writer) -> Iterator[SlabStager]:
+    stager = made(writer, [])
+    yield stager
+    stager.close()
+
+
+def made(writer: object, said: list[tuple[str, str]], slots: int = 2) -> SlabStager:
+    return SlabStager(
+        writer, owner=OWNER, fallback=DirectStager(), tell=lambda event, why: said.append((event, why)), slots=slots
+    )  # type: ignore[arg-type]
+
+
+def planned(tensors: Sequence[torch.Tensor]) -> tuple[Layout, tuple[bytes, ...], list[torch.Tensor]]:
+    """Layout, heads, and the tensors in the order of the pieces. Names are t0, t1 …"""
+    specs = [
+        TensorSpec(f"t{n}", NAMES[t.dtype], tuple(t.shape), t.nbytes, is_shared=True) for n, t in enumerate(tensors)
+    ]
+    made, heads = layout({"model": specs}, {f"model/{spec.name}": 0 for spec in specs}, 0, 1)
+    ordered = [tensors[int(piece.name[1:])] for image in made.images for piece in image.pieces]
+    return made, heads, ordered
+
+
+def states() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    base = torch.randn(64, 48)
+    return [
+        base, base.t(), base[:, ::3], torch.tensor(3.5), torch.empty(0, 4), torch.arange(7),
+        torch.randn(5).to(torch.bfloat16), torch.randn(3, 3).to(torch.float8_e4m3fn), torch.tensor([True, False, True]),
+        torch.randn(4, dtype=torch.complex64).conj(), torch.randn(9, dtype=torch.float64),
+        torch.tensor(5, dtype=torch.int8), torch.randn(8, requires_grad=True), torch.nn.Parameter(torch.randn(2, 2)),
+    ]  # fmt: skip
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def saved(storage: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(storage / f"step_{step:08d}-a1" / "model/model-00001-of-00001.safetensors")
+
+
+def test_what_changes_after_the_return_is_not_saved(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+    tensors = states()
+    what = planned(tensors)
+    stager.expect(*what[:2])
+    reservation = stager.reserve(*what[:2], patience=10)
+    assert reservation is not None
+    assert not reservation.is_direct
+    reservation.fill(what[2])
+    reservation.seal(job(tmp_path, 1))
+    before = [bits(tensor) for tensor in tensors]
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.dtype is torch.bool:
+                tensor.logical_not_()
+            elif tensor.dtype is torch.float8_e4m3fn:
+                tensor.zero_()
+            else:
+                tensor.add_(1)
+    writer.start()
+    assert stager.wait(job(tmp_path, 1).save, 20).result is SlotResult.committed
+    found = saved(tmp_path, 1)
+    assert [bits(found[f"t{n}"]) for n in range(len(tensors))] == before
+    assert [found[f"t{n}"].shape for n in range(len(tensors))] == [tensor.shape for tensor in tensors]
+    assert before != [bits(tensor) for tensor in tensors]
+
+
+def test_many_saves_in_turn_each_have_their_own_bits(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+    writer.start()
+    tensors = [torch.zeros(1000) for _ in range(20)]
+    what = planned(tensors)
+    for step in range(1, 13):
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(step * 100 + number)
+        reservation = stager.reserve(*what[:2], patience=10)
+        assert reservation is not None
+        assert not reservation.is_direct
+        reservation.fill(what[2])
+        reservation.seal(job(tmp_path, step))
+    assert stager.wait(f"{12:032x}", 20).result is SlotResult.committed
+    others = stager.outcomes()
+    assert sorted(int(each.save, 16) for each in others) == list(range(1, 12)), "each outcome once"
+    assert stager.outcomes() == []
+    for step in range(1, 13):
+        found = saved(tmp_path, step)
+        assert all(bool((found[f"t{n}"] == step * 100 + n).all()) for n in range(20))
+
+
+def test_without_a_free_slot_there_is_none(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+    what = planned([torch.ones(10)])
+    for step in (1, 2):
+        reservation = stager.reserve(*what[:2], patience=5)
+        assert reservation is not None
+        reservation.fill(what[2])
+        reservation.seal(job(tmp_path, step))
+    assert stager.reserve(*what[:2], patience=0) is None
+    begun = time.monotonic()
+    assert stager.reserve(*what[:2], patience=0.05) is None
+    assert time.monotonic() - begun >= 0.05
+    with pytest.raises(TimeoutError):
+        stager.wait(f"{1:032x}", 0.01)
+    writer.start()
+    assert stager.reserve(*what[:2], patience=20) is not None
+
+
+def test_what_is_abandoned_is_free_again(writer: Writer, stager: SlabStager) -> None:
+    what = planned([torch.ones(10)])
+    for _ in range(5):
+        reservation = stager.reserve(*what[:2], patience=5)
+        assert reservation is not None
+        reservation.fill(what[2])
+        reservation.abandon()
+    assert stager.outcomes() == []
+
+
+def test_another_layout_takes_other_memory(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+    """Adam's state comes with the first step: the second save is larger."""
+    writer.start()
+    for step, size in ((1, 1000), (2, 400_000), (3, 1000)):
+        tensors = [torch.full((size,), float(step))]
+        what = planned(tensors)
+        reservation = stager.reserve(*what[:2], patience=10)
+        assert reservation is not None
+        assert not reservation.is_direct
+        reservation.fill(what[2])
+        reservation.seal(job(tmp_path, step))
+        assert stager.wait(f"{step:032x}", 20).result is SlotResult.committed
+        assert bool((saved(tmp_path, step)["t0"] == step).all())
+        assert len(saved(tmp_path, step)["t0"]) == size
+    assert writer.service.health()["slab_bytes"] > 0
+
+
+def test_tensors_of_another_type_are_refused(writer: Writer, stager: SlabStager) -> None:
+    what = planned([torch.ones(10)])
+    reservation = stager.reserve(*what[:2], patience=5)
+    assert reservation is not None
+    reservation.fill(what[2])
+    with pytest.raises(ValueError, match="80 bytes"):
+        reservation.fill([torch.ones(10, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="tensors"):
+        reservation.fill([])
+    reservation.abandon()
+
+
+def test_without_memory_saves_are_direct_and_it_is_said_once(root: Path, writer: Writer, tmp_path: Path) -> None:
+    writer.service._memory_bytes = 1
+    said: list[tuple[str, str]] = []
+    stager = made(writer, said)
+    what = planned([torch.ones(10)])
+    for step in (1, 2):
+        reservation = stager.reserve(*what[:2], patience=0)
+        assert reservation is not None
+        assert reservation.is_direct
+        reservation.fill(what[2])
+        reservation.seal(job(tmp_path, step))
+        assert stager.wait(f"{step:032x}", 0).result is SlotResult.durable
+    assert [event for event, _ in said] == ["checkpoint-writer-missing"]
+    assert "no memory" in said[0][1]
+    stager.close()
+
+
+def test_without_a_writer_saves_are_direct(writer: Writer) -> None:
+    writer.is_there = False
+    said: list[tuple[str, str]] = []
+    stager = made(writer, said)
+    what = planned([torch.ones(10)])
+    reservation = stager.reserve(*what[:2], patience=0)
+    assert reservation is not None
+    assert reservation.is_direct
+    assert said == [("checkpoint-writer-missing", "no writer")]
+    stager.close()
+
+
+def test_a_forked_child_does_not_touch_its_parents_memory(writer: Writer, stager: SlabStager) -> None:
+    what = planned([torch.ones(10)])
+    reservation = stager.reserve(*what[:2], patience=5)
+    assert reservation is not None
+    pid = os.fork()
+    if pid == 0:
+        try:
+            theirs = stager.reserve(*what[:2], patience=0)
+            os._exit(0 if theirs is not None and theirs.is_direct else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    reservation.abandon()
+
+
+def test_what_was_sealed_when_the_stager_closes_is_written(writer: Writer, tmp_path: Path) -> None:
+    stager = made(writer, [])
+    what = planned([torch.ones(10)])
+    reservation = stager.reserve(*what[:2], patience=5)
+    assert reservation is not None
+    reservation.fill(what[2])
+    reservation.seal(job(tmp_path, 1))
+    stager.close()
+    while writer.service.step(time.monotonic()):
+        pass
+    assert Storage(str(tmp_path)).exists("step_00000001-a1/MANIFEST.json")
+
+
+def test_memory_that_is_taken_away_is_no_silence(
+    writer: Writer, stager: SlabStager, tmp_path: Path, root: Path
+) -> None:
+    what = planned([torch.ones(10)])
+    reservation = stager.reserve(*what[:2], patience=5)
+    assert reservation is not None
+    reservation.fill(what[2])
+    reservation.seal(job(tmp_path, 1))
+    for path in (root / "slabs").iterdir():
+        path.unlink()
+    assert stager.wait(f"{1:032x}", 1).result is SlotResult.failed
+    again = stager.reserve(*what[:2], patience=5)
+    assert again is not None
+    assert not again.is_direct
+    again.abandon()
+
+
+def test_every_type_has_its_size() -> None:
+    assert all(SIZES[name] == dtype.itemsize for dtype, name in NAMES.items())
