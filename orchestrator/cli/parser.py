@@ -190,8 +190,7 @@ def _rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
     parser.add_argument("--force", action="store_true", help="also a run that has not ended, as far as anybody knows")
     parser.add_argument("--keep-files", action="store_true", help="remove the record, leave the run's directory")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    parser.add_argument("--yes", "-y", action="store_true", help="do not ask; needed where there is no terminal")
+    _removal(parser)
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +204,75 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE|DIR", help="made by `orc export`")
+
+
+CHECKPOINT = (
+    "a run's newest checkpoint, or RUN@NAME where NAME is a checkpoint's name, label or step, `latest` or `best`; "
+    "instead of RUN a directory or URL may be given, which asks no database"
+)
+
+
+def _checkpoint_ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="last", help=f"{RUN} (default); or a directory or URL")
+    parser.add_argument("--all", "-a", action="store_true", help="also those that were deleted or set aside as damaged")
+    _api(parser)
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN[@NAME]", nargs="?", default="last", help=CHECKPOINT)
+
+
+def _checkpoint_verify(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    parser.add_argument("--all", "-a", action="store_true", help="all checkpoints of the run")
+
+
+def _checkpoint_export(parser: argparse.ArgumentParser) -> None:
+    _checkpoint(parser)
+    parser.add_argument(
+        "--format", "-f", choices=("pt", "safetensors", "dcp"), default="pt",
+        help="pt: a state_dict for torch.load (default); safetensors: the model in one file; dcp: a directory for "
+        "torch.distributed.checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", "-o", metavar="FILE|DIR", default="", help="must not exist yet (default: <run>-<name>.pt, here)"
+    )
+
+
+def _checkpoint_pin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN@NAME", help="NAME may be `latest` or `best`")
+
+
+def _checkpoint_rm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", metavar="RUN@NAME", nargs="+", help="NAME may be `latest` or `best`")
+    parser.add_argument(
+        "--force", action="store_true", help="also what is pinned or being read, and the newest of an active run"
+    )
+    _removal(parser)
+
+
+def _checkpoint_gc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help=f"{RUN}; default: all")
+    parser.add_argument("--experiment", "-e", metavar="NAME", help="all runs of an experiment")
+    parser.add_argument("--keep-last", metavar="N", type=_positive, help="the newest N; without it what the run says")
+    parser.add_argument("--keep-best", metavar="N", type=_natural, help="the best N by each metric the run names")
+    parser.add_argument("--keep-every-steps", metavar="N", type=_natural, help="one in every N steps")
+    parser.add_argument("--keep-hours", metavar="H", type=_amount, help="what is younger than H hours")
+    parser.add_argument(
+        "--quota-gb", metavar="GB", type=_amount, default=0.0,
+        help="all these runs together may have this much, in 10^9 bytes; the oldest go first, a run keeps its newest",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed; so it is without --yes")
+    parser.add_argument("--yes", "-y", action="store_true", help="do it")
+
+
+def _checkpoint_rebuild(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help=f"{RUN}; default: all")
+
+
+def _removal(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask; needed where there is no terminal")
 
 
 def _metrics(parser: argparse.ArgumentParser) -> None:
@@ -289,13 +357,24 @@ def _seconds(given: str) -> float:
     return value
 
 
+def _amount(given: str) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{given!r} is no number from 0 up")
+    return value
+
+
 def _natural(given: str) -> int:
     if not given.isdecimal():
         raise argparse.ArgumentTypeError(f"{given!r} is no number from 0 up")
     return int(given)
 
 
-TRAINING, LOOKING, SERVICES, DATABASE, OTHER = "training", "looking", "services", "configuration and database", "other"
+TRAINING, LOOKING, CHECKPOINTS = "training", "looking", "checkpoints"
+SERVICES, DATABASE, OTHER = "services", "configuration and database", "other"
 
 VERBS: tuple[Verb, ...] = (
     Verb(
@@ -381,6 +460,77 @@ VERBS: tuple[Verb, ...] = (
         define=_import,
     ),
     Verb(name="experiments", topic=LOOKING, summary="list experiments", target="runs:experiments", define=_api),
+    Verb(
+        name="checkpoint ls",
+        topic=CHECKPOINTS,
+        summary="list a run's checkpoints, newest first, and why each is kept",
+        target="checkpoints:ls",
+        define=_checkpoint_ls,
+        epilog="It asks the database, which `orc checkpoint rebuild` puts right; of a directory, it looks there.",
+    ),
+    Verb(
+        name="checkpoint show",
+        topic=CHECKPOINTS,
+        summary="everything about one checkpoint",
+        target="checkpoints:show",
+        define=_checkpoint,
+        epilog="example: orc checkpoint show last@best",
+    ),
+    Verb(
+        name="checkpoint verify",
+        topic=CHECKPOINTS,
+        summary="read every byte and compare it with what was written",
+        target="checkpoints:verify",
+        define=_checkpoint_verify,
+        epilog="Changes nothing. Exit codes: 0 every byte is right, 1 something is damaged.",
+    ),
+    Verb(
+        name="checkpoint export",
+        topic=CHECKPOINTS,
+        summary="write a checkpoint in another form",
+        target="checkpoints:export",
+        define=_checkpoint_export,
+        epilog="example: orc checkpoint export last@best --format pt --output model.pt. The files of a checkpoint are "
+        "safetensors already: its model/ opens as it is.",
+    ),
+    Verb(
+        name="checkpoint pin",
+        topic=CHECKPOINTS,
+        summary="keep a checkpoint from being deleted",
+        target="checkpoints:pin",
+        define=_checkpoint_pin,
+    ),
+    Verb(
+        name="checkpoint unpin",
+        topic=CHECKPOINTS,
+        summary="leave it to the rules again",
+        target="checkpoints:unpin",
+        define=_checkpoint_pin,
+    ),
+    Verb(
+        name="checkpoint rm",
+        topic=CHECKPOINTS,
+        summary="remove checkpoints for good",
+        target="checkpoint_removal:rm",
+        define=_checkpoint_rm,
+        epilog="example: orc checkpoint rm last@step_00001200-a1 --dry-run",
+    ),
+    Verb(
+        name="checkpoint gc",
+        topic=CHECKPOINTS,
+        summary="remove what no rule keeps, and what crashes left; says what, does it with --yes",
+        target="checkpoint_removal:gc",
+        define=_checkpoint_gc,
+        epilog="example: orc checkpoint gc --experiment digits --keep-last 1 --yes. Runs in progress are left alone.",
+    ),
+    Verb(
+        name="checkpoint rebuild",
+        topic=CHECKPOINTS,
+        summary="make the database's list of checkpoints anew from storage, which is the truth",
+        target="checkpoints:rebuild",
+        define=_checkpoint_rebuild,
+        epilog="May be used while everything runs. Exit codes: 0 done, 1 something could not be read.",
+    ),
     Verb(
         name="up",
         topic=SERVICES,
@@ -521,13 +671,13 @@ def overview(group: str = "") -> str:
     verbs = [verb for verb in VERBS if not group or verb.name.split()[0] == group]
     lines = [f"usage: orc [--json] [--home DIR] [--debug] {group or 'VERB'} …"]
     for topic in dict.fromkeys(verb.topic for verb in verbs):
-        lines += ["", f"{topic}:"] + [f"  {verb.name:<16} {verb.summary}" for verb in verbs if verb.topic == topic]
+        lines += ["", f"{topic}:"] + [f"  {verb.name:<18} {verb.summary}" for verb in verbs if verb.topic == topic]
     lines += [
         "",
         "everywhere:",
-        "  --json           one JSON document on stdout, messages on stderr",
-        "  --home DIR       the data directory (default: $ORC_HOME, else ~/.orc)",
-        "  --debug          show tracebacks",
+        "  --json             one JSON document on stdout, messages on stderr",
+        "  --home DIR         the data directory (default: $ORC_HOME, else ~/.orc)",
+        "  --debug            show tracebacks",
         "",
         "`orc VERB --help` tells more. Exit codes: 0 done, 1 it failed, 2 a mistake in the command, 130 interrupted.",
     ]

@@ -117,21 +117,29 @@ def _write(cursor: Cursor, said: Said) -> None:
                 },
             )  # fmt: skip
         case FactKind.checkpoint:
-            metrics = data.get("metrics")
-            cursor.execute(
-                _CHECKPOINT,
-                who | {name: _text(data.get(name)) for name in _CHECKPOINT_TEXTS}
-                | {name: _integer(data.get(name)) for name in ("step", "epoch", "size_bytes")}
-                | {name: None if data.get(name) is None else bool(data[name]) for name in ("is_best", "is_pinned")}
-                | {
-                    "id": _name(data["id"]), "metrics": None if metrics is None else Jsonb(clean_json(dict(metrics))),
-                    "duration": None if data.get("duration") is None else float(data["duration"]),
-                },
-            )  # fmt: skip
+            cursor.execute(_CHECKPOINT, who | checkpoint_values(data))
         case FactKind.status:
             _move(cursor, said, RunStatus(data["status"]), data, fact)
         case FactKind.provenance:
             _add_provenance(cursor, who, clean_json(dict(data)))
+
+
+def checkpoint_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a checkpoint's row; None for what is not said. Raises ValueError or TypeError for what cannot be
+    one."""
+    reasons, metrics, timings = (data.get(name) for name in ("reasons", "metrics", "timings"))
+    return {
+        "id": _name(data["id"]),
+        **{name: _text(data.get(name)) for name in _CHECKPOINT_TEXTS},
+        **{name: _integer(data.get(name)) for name in ("step", "epoch", "size_bytes", "world_size")},
+        **{
+            name: None if data.get(name) is None else bool(data[name]) for name in ("is_best", "is_pinned", "resumable")
+        },
+        "metrics": None if metrics is None else Jsonb(clean_json(dict(metrics))),
+        "timings": None if timings is None else Jsonb(clean_json(dict(timings))),
+        "reasons": None if reasons is None else Jsonb([clean_text(reason) for reason in reasons]),
+        "duration": None if data.get("duration") is None else float(data["duration"]),
+    }
 
 
 def _declare(cursor: Cursor, said: Said, data: Mapping[str, Any], at: datetime) -> None:
@@ -240,22 +248,32 @@ ON CONFLICT (run_id, name, step) DO UPDATE SET
   who = excluded.who, created_at = excluded.created_at, xid = pg_current_xact_id()
 """
 
-_CHECKPOINT_TEXTS = ("uri", "state", "label", "manifest_sha256", "cipher", "key_id")
+_CHECKPOINT_TEXTS = ("uri", "state", "label", "manifest_sha256", "cipher", "key_id", "kind")
 
+# What was deleted or set aside stays so when an older word about the same bytes comes late.
 _CHECKPOINT = """
 INSERT INTO checkpoints AS c (run_id, id, attempt, uri, state, step, epoch, label, metrics, is_best, is_pinned,
-  size_bytes, duration, manifest_sha256, cipher, key_id, who, created_at, updated_at)
+  size_bytes, duration, manifest_sha256, cipher, key_id, resumable, kind, world_size, reasons, timings, who, created_at,
+  updated_at)
 VALUES (%(run)s, %(id)s, %(attempt)s, coalesce(%(uri)s, ''), coalesce(%(state)s, ''), %(step)s, %(epoch)s,
   coalesce(%(label)s, ''), coalesce(%(metrics)s, '{}'::jsonb), coalesce(%(is_best)s, false),
   coalesce(%(is_pinned)s, false), %(size_bytes)s, %(duration)s, coalesce(%(manifest_sha256)s, ''),
-  coalesce(%(cipher)s, ''), coalesce(%(key_id)s, ''), %(user)s, %(at)s, %(at)s)
+  coalesce(%(cipher)s, ''), coalesce(%(key_id)s, ''), coalesce(%(resumable)s, true), coalesce(%(kind)s, ''),
+  %(world_size)s, %(reasons)s, %(timings)s, %(user)s, %(at)s, %(at)s)
 ON CONFLICT (run_id, id) DO UPDATE SET
-  uri = coalesce(%(uri)s, c.uri), state = coalesce(%(state)s, c.state), step = coalesce(excluded.step, c.step),
+  uri = coalesce(%(uri)s, c.uri),
+  state = CASE WHEN c.state IN ('deleted', 'quarantined') AND %(state)s::text NOT IN ('deleted', 'quarantined')
+    AND coalesce(%(manifest_sha256)s, c.manifest_sha256) = c.manifest_sha256 THEN c.state
+    ELSE coalesce(%(state)s, c.state) END,
+  step = coalesce(excluded.step, c.step),
   epoch = coalesce(excluded.epoch, c.epoch), label = coalesce(%(label)s, c.label),
   metrics = coalesce(%(metrics)s, c.metrics), is_best = coalesce(%(is_best)s, c.is_best),
   is_pinned = coalesce(%(is_pinned)s, c.is_pinned), size_bytes = coalesce(excluded.size_bytes, c.size_bytes),
   duration = coalesce(excluded.duration, c.duration),
   manifest_sha256 = coalesce(%(manifest_sha256)s, c.manifest_sha256),
-  cipher = coalesce(%(cipher)s, c.cipher), key_id = coalesce(%(key_id)s, c.key_id), who = excluded.who,
+  cipher = coalesce(%(cipher)s, c.cipher), key_id = coalesce(%(key_id)s, c.key_id),
+  resumable = coalesce(%(resumable)s, c.resumable), kind = coalesce(%(kind)s, c.kind),
+  world_size = coalesce(excluded.world_size, c.world_size), reasons = coalesce(excluded.reasons, c.reasons),
+  timings = coalesce(excluded.timings, c.timings), who = excluded.who,
   updated_at = excluded.updated_at, xid = pg_current_xact_id()
 """

@@ -262,7 +262,8 @@ def checkpoints(connection: Connection, run_id: str, *conditions: ColumnElement[
             epoch=row.epoch, label=row.label, metrics=row.metrics, is_best=row.is_best, is_pinned=row.is_pinned,
             size_bytes=row.size_bytes,
             duration=row.duration, manifest_sha256=row.manifest_sha256, cipher=row.cipher, key_id=row.key_id,
-            created=row.created_at.timestamp(),
+            created=row.created_at.timestamp(), resumable=row.resumable, kind=row.kind, world_size=row.world_size,
+            reasons=row.reasons or [], timings=row.timings or {},
         )
         for row in connection.execute(query)
     ]  # fmt: skip

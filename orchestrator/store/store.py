@@ -14,7 +14,18 @@ from sqlalchemy import Connection
 
 from orchestrator.errors import IllegalTransition, NotFound, SchemaMismatch
 from orchestrator.records import Batch, RunSpec, RunStatus, RunTicket, Stream
-from orchestrator.store import integrity, lags, levels, lifecycle, merge, portable, reading, removal, transaction
+from orchestrator.store import (
+    checkpoints,
+    integrity,
+    lags,
+    levels,
+    lifecycle,
+    merge,
+    portable,
+    reading,
+    removal,
+    transaction,
+)
 from orchestrator.store.cleaning import clean_json, clean_text
 from orchestrator.store.connection import open_engine, parse, redacted, told
 from orchestrator.store.errors import BadRecord, SequenceGap, UnknownRun, Watermarks
@@ -391,6 +402,29 @@ class Store:
         number = self._number(run)
         with self._writing() as connection:
             return levels.curve(connection, number, key, rank, attempt, start, stop, most)
+
+    # -- the index of checkpoints --------------------------------------------------------------------------------------
+
+    def put_checkpoints(self, run: str, rows: Sequence[Mapping[str, Any]], *, user: str, now: float) -> int:
+        """Makes rows of a run what their storage says they are; gives how many were not. A row is the data of a
+        `checkpoint` fact with `attempt` and `created`. Raises NotFound for the run."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return checkpoints.put(cursor, run, rows, user=user, at=lifecycle.when(now))
+
+    def mark_checkpoints(self, run: str, ids: Iterable[str], state: str, *, user: str, now: float) -> int:
+        """Puts them into the state `deleted` or `quarantined`; gives how many were in another one."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return checkpoints.mark(cursor, run, ids, state, user=user, at=lifecycle.when(now))
+
+    def pin_checkpoint(self, run: str, checkpoint: str, pinned: bool, *, user: str, now: float) -> bool:
+        """False when the index has no such checkpoint. The mark that counts is a file beside the checkpoint."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return checkpoints.pin(cursor, run, checkpoint, pinned, user=user, at=lifecycle.when(now))
+
+    def registered_checkpoints(self, run: str) -> dict[str, str]:
+        """Ids of the run's checkpoints that a registered model was made from, each with the name of one."""
+        with self._writing() as connection:
+            return checkpoints.registered(connection, run)
 
     # -- the feed for sinks --------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSONB
 from sqlalchemy.types import UserDefinedType
 
-REVISIONS = ("0001", "0002", "0003", "0004")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")
 """Every schema this code knows, oldest first. Kept here so that looking at a database does not need Alembic."""
 HEAD = REVISIONS[-1]
 
@@ -370,6 +370,11 @@ checkpoints = Table(
     _created(),
     _updated(),
     _xid(),
+    Column("resumable", Boolean, nullable=False, server_default=text("true")),  # false: weights only
+    _text("kind"),  # sharded, full, weights
+    Column("world_size", Integer),  # ranks that saved it
+    Column("reasons", JSONB),  # why it was saved: a list of words
+    Column("timings", JSONB),  # seconds of its parts, of the slowest rank
     PrimaryKeyConstraint("run_id", "id"),
     Index("checkpoints_by_step", "run_id", "step"),
     comment="An index of what lies in storage; storage is the truth.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,8 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRow:
+    """What the database knows of a checkpoint. Its storage is the truth."""
+
     run: str
     id: str
     attempt: int
@@ -186,6 +188,16 @@ class CheckpointRow:
     cipher: str
     key_id: str
     created: float
+    resumable: bool = True
+    """Training can go on from it; else it holds weights only."""
+    kind: str = ""
+    """sharded, full or weights."""
+    world_size: int | None = None
+    """Ranks that saved it."""
+    reasons: Sequence[str] = ()
+    """Why it was saved."""
+    timings: Mapping[str, Any] = field(default_factory=dict)
+    """Seconds of its parts, of the slowest rank: copy, write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
