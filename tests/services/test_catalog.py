@@ -98,7 +98,8 @@ def _points(ticket: RunTicket, rank: int, producer: int, values: list[float], at
 def _facts(ticket: RunTicket) -> Batch:
     checkpoint = {
         "id": "step-3", "uri": f"{ticket.directory}/checkpoints/step-3", "step": 3, "epoch": 1, "size_bytes": 4096,
-        "state": "committed", "metrics": {"val/loss": math.inf}, "is_best": True, "duration": 0.2,
+        "state": "committed", "metrics": {"val/loss": math.inf}, "is_best": True, "duration": 0.2, "kind": "sharded",
+        "world_size": 2, "reasons": ["improved", "every_epochs"], "timings": {"copy": 0.1}, "resumable": False,
     }  # fmt: skip
     said: list[tuple[FactKind, dict[str, Any]]] = [
         (FactKind.metric, {"name": "val/loss", "direction": "min", "unit": "nats"}),

@@ -1,0 +1,1 @@
+"""The writer of checkpoints as a process of its own, and how a trainer reaches one."""
