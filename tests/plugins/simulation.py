@@ -381,6 +381,9 @@ class Live:
     def take(self, batch: Batch) -> None:
         pass
 
+    def is_watched(self, run: str) -> bool:
+        return False
+
 
 class VirtualTime:
     @staticmethod
