@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,24 +93,22 @@ class Checkpoints:
         to shared memory, and a process of its own, which starts by itself and ends when nothing is left, writes from
         there, also when this one is killed right after. `policy`: see CheckpointPolicy. Collective. Raises UserError
         for settings that make no sense, ConfigError for a URL that cannot be opened."""
+        if mode not in ("direct", "eager"):
+            raise UserError(f"orchestrator.Checkpoints: mode is {mode!r}; it is 'direct' or 'eager'.")
+        _check_names(policy)
         metric, direction, _ = also_best(save_best) if save_best else ("", Direction.max, 0)
-        try:
-            self._policy = CheckpointPolicy(
-                **{
-                    "every_epochs": 0, "keep_last": keep_last, "keep_best": keep_best, "best_metric": metric,
-                    "best_direction": direction, "every_steps": every_steps, "every_minutes": every_minutes, **policy,
-                }
-            )  # fmt: skip
-        except TypeError as error:
-            raise UserError(f"orchestrator.Checkpoints: {error}") from error
+        self._policy = CheckpointPolicy(
+            **{
+                "every_epochs": 0, "keep_last": keep_last, "keep_best": keep_best, "best_metric": metric,
+                "best_direction": direction, "every_steps": every_steps, "every_minutes": every_minutes, **policy,
+            }
+        )  # fmt: skip
         # A path from the root: the writer works elsewhere.
         self._storage = Storage(url if "://" in url else os.path.abspath(os.path.expanduser(url)))
         self._clock = clock or SystemClock()
         is_one_of_many = dist.is_available() and dist.is_initialized()
         self._group = Group(dist.get_rank(), dist.get_world_size()) if is_one_of_many else Group()
         run, attempt = _last_part(self._storage.uri()), self._new_attempt()
-        if mode not in ("direct", "eager"):
-            raise UserError(f"orchestrator.Checkpoints: mode is {mode!r}; it is 'direct' or 'eager'.")
         if mode == "eager" and stager is None:
             owner = Owner(run=run, attempt=attempt, rank=self._group.rank, pid=os.getpid())
             stager = SlabStager(
@@ -261,6 +260,15 @@ class _Log:
 
     def event(self, kind: str, message: str, *, level: str, **details: Any) -> None:
         logger.debug("%s: %s", kind, message)
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    known = sorted(field.name for field in fields(CheckpointPolicy))
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
+            raise UserError(f"orchestrator.Checkpoints has no setting {name!r}. {hint}")
 
 
 def _last_part(uri: str) -> str:

@@ -159,3 +159,9 @@ def test_the_end_of_the_block_waits_and_ends(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_named(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         orchestrator.Checkpoints(str(tmp_path), **settings)
+
+
+def test_a_mistyped_setting_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no setting 'keep_lastt'. Did you mean 'keep_last'\?"):
+        orchestrator.Checkpoints(str(tmp_path), keep_lastt=3)
+    assert list(tmp_path.iterdir()) == []
