@@ -37,6 +37,7 @@ SERVICE_COMPONENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "mirror": ("orchestrator.tracking", "orchestrator.backends.mlflow"),
         "directory": ("orchestrator.directory",),
         "node": ("orchestrator",),
+        "checkpoints": ("orchestrator",),
         "api": ("orchestrator",),
     }
 )

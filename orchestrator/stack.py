@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -104,7 +105,21 @@ class TrackingSettings:
     """Where each node keeps what was logged and is not in PostgreSQL yet: a local disk. Empty: as the last time, at
     first `spools` in the data directory."""
     debug: str = ""
-    """Services that log in detail, with commas between them: tracker, mirror, directory, node, api. Empty: none."""
+    """Services that log in detail, with commas between them: tracker, mirror, directory, node, checkpoints,
+    api. Empty: none."""
+
+
+@dataclass(kw_only=True)
+class CheckpointsStackSettings:
+    """How checkpoints get from trainers to the storage."""
+
+    slab_dir: str = ""
+    """Where each node keeps what was saved and is not in the storage yet: memory, a tmpfs. Empty: as the last time, at
+    first a directory of its own in /dev/shm."""
+    writers: int = 1
+    """Processes per node that write. 0: none, each trainer writes by itself while training waits."""
+    memory_gb: float = 0.0
+    """What all of that memory may be together on one node, in 10^9 bytes; 0: what the node has."""
 
 
 @dataclass(kw_only=True)
@@ -130,6 +145,7 @@ class StackSettings:
     storage: StorageSettings = field(default_factory=StorageSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
+    checkpoints: CheckpointsStackSettings = field(default_factory=CheckpointsStackSettings)
 
     @classmethod
     def parse(cls, overrides: Iterable[str]) -> StackSettings:
@@ -176,6 +192,8 @@ def _interpolated(key: str, value: str) -> str:
 
 def _checked(key: str, value: Any, kind: type) -> Any:
     text = str(value).strip()
+    if key == "checkpoints.writers" and not (text.isdigit() and int(text) <= 16):
+        raise ConfigError(key, value, "is no number of writers from 0 to 16.")
     if kind is int:
         if text.lower() in ("auto", "", "none", "null"):
             return 0
@@ -188,7 +206,11 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         try:
             number = float(text)
         except ValueError:
-            number = 0.0
+            number = math.nan
+        if key.endswith("_gb"):
+            if not 0 <= number < math.inf:
+                raise ConfigError(key, value, "is no number of gigabytes.", "0 means as much as there is.")
+            return number
         if not 0.1 <= number <= 3600:
             raise ConfigError(key, value, "is no number of seconds from 0.1 to 3600.")
         return number
@@ -223,6 +245,8 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         raise ConfigError(key, value, "is no tracking URI.", hint)
     if key == "tensorboard.directory" and text and not os.path.isabs(text):
         raise ConfigError(key, value, "is no absolute path of this host.")
+    if key == "checkpoints.slab_dir" and text and not os.path.isabs(text):
+        raise ConfigError(key, value, "is no absolute path.", "Give a directory in memory, such as /dev/shm/orc.")
     if key == "api.host" and re.search(r"[^\w.:-]", text):
         raise ConfigError(key, value, "is no address.", "Write 127.0.0.1, 0.0.0.0 or one address of this host.")
     if key == "ray.address" and text and not re.fullmatch(r"[^/\s]+:\d+", text):
@@ -257,6 +281,12 @@ class Stack:
     """Empty: no Redis. Of one that we started it names the file with the password."""
     storage_url: str = ""
     spool_directory: str = ""
+    slab_directory: str = ""
+    """Where each node's trainers hand checkpoints to its writers."""
+    checkpoint_writers: int = 1
+    """Per node of Ray."""
+    checkpoint_memory_gb: float = 0.0
+    """0: what the node has."""
     processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What was started here: name (postgres, redis, mlflow, api, ray) -> pid, started (psutil's create_time), port …"""
     debug: str = ""

@@ -10,6 +10,7 @@ import errno
 import io
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import numpy as np
+import pyarrow
 import pyarrow.fs as arrow_fs
 
 from orchestrator import disk
@@ -29,8 +31,25 @@ _PARTIAL = ".partial"
 _PAGE_BYTES = 4096
 """What is written past the page cache is aligned to this, in memory and in the file."""
 _BOUNCE_BYTES = 4 << 20
-_CONNECT_TIMEOUT, _REQUEST_TIMEOUT = 10.0, 60.0
-"""Seconds, for S3; a URL may say otherwise: `?connect_timeout=…&request_timeout=…`."""
+_LEFT_BEHIND = re.compile(r"\.(\d+)-[0-9a-f]+\.partial")
+_CONNECT_TIMEOUT, _REQUEST_TIMEOUT, _ATTEMPTS = 10.0, 60.0, 3
+"""Seconds and tries, for S3; a URL may say otherwise: `?connect_timeout=…&request_timeout=…&attempts=…`."""
+_PATIENCE = 60
+"""Seconds for which Google's library tries again; `?retry_limit_seconds=…` says otherwise. Its own default is 15
+minutes."""
+_SECRETS = re.compile(r"secret|password|token|signature|(^|_)key$|^sig$", re.IGNORECASE)
+"""Options of a URL whose values are never shown."""
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials or the machine's role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login` or the machine's service account",
+    "abfs": "AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET, `az login` or the machine's managed identity",
+}
+_FORMS = {
+    "s3": "s3://bucket/path?region=…",
+    "gs": "gs://bucket/path",
+    "abfs": "abfs://container@account.dfs.core.windows.net/path",
+}
+_KINDS = {"gcs": "gs", "abfss": "abfs"}
 
 
 class UnsafePath(UserError, ValueError):
@@ -68,9 +87,11 @@ class Storage:
         self._files: _Files
         if "://" in url and not url.startswith("file://"):
             try:
-                filesystem, root = _s3(url) or arrow_fs.FileSystem.from_uri(url)
-            except (OSError, ValueError) as error:
-                raise ConfigError("storage.url", url.split("@")[-1], f"cannot be opened ({error}).") from error
+                filesystem, root = _s3(url) or arrow_fs.FileSystem.from_uri(_with_patience(url))
+            except (OSError, ValueError, NotImplementedError, ImportError) as error:
+                # Not `from error`: what pyarrow says may repeat the URL with its password, and a traceback shows it.
+                why = f"cannot be opened ({_without_secrets(str(error), url)})."
+                raise ConfigError("storage.url", shown(url), why, _hint(url)) from None
             self._files, self._root = _RemoteFiles(filesystem), root.rstrip("/")
         else:
             path = unquote(urlsplit(url).path) if url.startswith("file://") else url
@@ -96,10 +117,26 @@ class Storage:
         at = self._at(path)
         if self.is_local:
             return at
-        url = urlsplit(self._root_url(path))
-        user, _, host = url.netloc.rpartition("@")
-        netloc = f"{user.split(':')[0]}@{host}" if user else host
-        return urlunsplit(url._replace(netloc=netloc))
+        return shown(self._root_url(path))
+
+    def above(self, levels: int) -> Storage | None:
+        """The storage whose root is so many directories further out; None where there is none."""
+        parts = self._root.split("/")
+        if len(parts) - levels < (2 if self.is_local else 1):
+            return None
+        outer = Storage.__new__(Storage)
+        outer._files, outer._root = self._files, "/".join(parts[:-levels])
+        if self.is_local:
+            outer.url = outer._root
+        else:
+            url = urlsplit(self.url)
+            outer.url = urlunsplit(url._replace(path="/".join(url.path.rstrip("/").split("/")[:-levels])))
+        return outer
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the directories on the way to the root."""
+        return tuple(part for part in self._root.split("/") if part)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -144,8 +181,8 @@ class Storage:
             self.write_bytes(probe, b"probe")
             self.delete(probe)
         except OSError as error:
-            why = f"cannot be written to ({error.strerror or error})."
-            hint = "Choose a directory or bucket you may write to."
+            why = f"cannot be written to ({_without_secrets(error.strerror or str(error), self.url)})."
+            hint = "Choose a directory you may write to." if self.is_local else _hint(self.url)
             raise ConfigError("storage.url", self.uri(), why, hint) from error
         finally:
             for directory in reversed(made):
@@ -176,6 +213,12 @@ class Storage:
         """
         found = ((path, size) for path, size in self._files.walk(self._root) if not path.endswith(_PARTIAL))
         yield from sorted(found)
+
+    def partial_files(self, *, older_than: float) -> list[str]:
+        """Files that whoever was killed had not written to their ends, at any depth: they did not change since
+        `older_than` (seconds since 1970), and no process of that number lives on this host. None on an object store,
+        where nothing is seen before it is complete."""
+        return sorted(self._files.partial_files(self._root, older_than))
 
     def exists(self, path: str = "") -> bool:
         return self._files.size(self._at(path)) is not None
@@ -236,6 +279,7 @@ class _Files(Protocol):
     def delete_dir(self, path: str) -> None: ...
     def entries(self, path: str) -> list[Entry]: ...
     def walk(self, path: str) -> Iterator[tuple[str, int]]: ...
+    def partial_files(self, path: str, older_than: float) -> list[str]: ...
     def size(self, path: str) -> int | None: ...
     def modified(self, path: str) -> float: ...
     def free_bytes(self, path: str) -> int | None: ...
@@ -323,6 +367,16 @@ class _LocalFiles:
                     status = os.lstat(whole)
                     if stat.S_ISREG(status.st_mode):
                         yield os.path.relpath(whole, path), status.st_size
+
+    def partial_files(self, path: str, older_than: float) -> list[str]:
+        found = []
+        for directory, _, names in os.walk(path):
+            for name in names:
+                if (left := _LEFT_BEHIND.search(name)) and left.end() == len(name):
+                    whole = os.path.join(directory, name)
+                    if 0 < _modified(whole) < older_than and not os.path.exists(f"/proc/{left[1]}"):
+                        found.append(os.path.relpath(whole, path))
+        return found
 
     def size(self, path: str) -> int | None:
         try:
@@ -486,10 +540,11 @@ class _RemoteFiles:
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[Output]:
-        if self._has_directories:
-            self._filesystem.create_dir(os.path.dirname(path), recursive=True)
-        with self._filesystem.open_output_stream(path) as output:
-            yield output
+        with _as_os_errors():
+            if self._has_directories:
+                self._filesystem.create_dir(os.path.dirname(path), recursive=True)
+            with self._filesystem.open_output_stream(path) as output:
+                yield output
 
     @contextmanager
     def open_image(self, path: str, size_bytes: int) -> Iterator[ImageOutput]:
@@ -501,39 +556,43 @@ class _RemoteFiles:
                 raise ValueError(f"{image.written} bytes for {path} instead of {size_bytes}")
 
     def open_input(self, path: str) -> Any:
-        return self._filesystem.open_input_stream(path)
+        with _as_os_errors():
+            return self._filesystem.open_input_stream(path)
 
     def delete(self, path: str) -> None:
         if self.size(path) is not None:
-            self._filesystem.delete_file(path)
+            with _as_os_errors():
+                self._filesystem.delete_file(path)
 
     def delete_dir(self, path: str) -> None:
         if self.size(path) is not None:
-            self._filesystem.delete_dir(path)
+            with _as_os_errors():
+                self._filesystem.delete_dir(path)
 
     def entries(self, path: str) -> list[Entry]:
-        found = self._filesystem.get_file_info(arrow_fs.FileSelector(path, allow_not_found=True))
         return [
             Entry(
                 name=info.base_name, is_dir=info.type == arrow_fs.FileType.Directory, size_bytes=info.size or 0,
                 modified=_seconds(info),
             )
-            for info in found
+            for info in self._below(path)
         ]  # fmt: skip
 
     def walk(self, path: str) -> Iterator[tuple[str, int]]:
-        selector = arrow_fs.FileSelector(path, recursive=True, allow_not_found=True)
-        for info in self._filesystem.get_file_info(selector):
+        for info in self._below(path, recursive=True):
             if info.type == arrow_fs.FileType.File:
                 yield info.path.removeprefix(f"{path}/"), info.size or 0
 
+    def partial_files(self, path: str, older_than: float) -> list[str]:
+        return []
+
     def size(self, path: str) -> int | None:
-        info = self._filesystem.get_file_info(path)
+        with _as_os_errors():
+            info = self._filesystem.get_file_info(path)
         return None if info.type == arrow_fs.FileType.NotFound else info.size or 0
 
     def modified(self, path: str) -> float:
-        selector = arrow_fs.FileSelector(path, recursive=True, allow_not_found=True)
-        return max((_seconds(info) for info in self._filesystem.get_file_info(selector)), default=0.0)
+        return max((_seconds(info) for info in self._below(path, recursive=True)), default=0.0)
 
     def free_bytes(self, path: str) -> int | None:
         return None
@@ -543,6 +602,22 @@ class _RemoteFiles:
 
     def missing_directories(self, path: str) -> list[str]:
         return []
+
+    def _below(self, path: str, *, recursive: bool = False) -> list[arrow_fs.FileInfo]:
+        selector = arrow_fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+        with _as_os_errors():
+            return self._filesystem.get_file_info(selector)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Some of what goes wrong at a store, missing credentials among it, pyarrow raises as errors of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
 
 
 class _RemoteImage:
@@ -562,7 +637,9 @@ def _s3(url: str) -> tuple[arrow_fs.FileSystem, str] | None:
     knows. Raises ValueError, OSError."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
-    known = {"region", "scheme", "endpoint_override", "connect_timeout", "request_timeout"}
+    if "/" in _credentials(f"{parts.netloc}{parts.path}")[1]:
+        raise ValueError("a '/' in the secret key has to be written as %2F")
+    known = {"region", "scheme", "endpoint_override", "connect_timeout", "request_timeout", "attempts"}
     if parts.scheme != "s3" or not parts.hostname or set(options) - known:
         return None
     bucket = parts.netloc.rpartition("@")[2]
@@ -578,9 +655,71 @@ def _s3(url: str) -> tuple[arrow_fs.FileSystem, str] | None:
         endpoint_override=options.get("endpoint_override"),
         connect_timeout=float(options.get("connect_timeout", _CONNECT_TIMEOUT)),
         request_timeout=float(options.get("request_timeout", _REQUEST_TIMEOUT)),
-        retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=3),
+        allow_delayed_open=True,  # a small file, the manifest above all, is one request instead of three
+        retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=int(options.get("attempts", _ATTEMPTS))),
     )
     return filesystem, f"{bucket}{unquote(parts.path)}"
+
+
+def _with_patience(url: str) -> str:
+    """Google's library would try for 15 minutes what will never be."""
+    parts = urlsplit(url)
+    if _kind(url) != "gs" or "retry_limit_seconds" in dict(parse_qsl(parts.query)):
+        return url
+    return urlunsplit(parts._replace(query="&".join(filter(None, (parts.query, f"retry_limit_seconds={_PATIENCE}")))))
+
+
+def shown(url: str) -> str:
+    """A storage's URL without passwords: what may be told to people and written down."""
+    if "://" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    place, mark, query = rest.partition("?")
+    user, _, where = _credentials(place)
+    options = [
+        f"{name}=***" if equals and _SECRETS.search(name) else f"{name}{equals}{value}"
+        for name, equals, value in (option.partition("=") for option in query.split("&"))
+    ]
+    return f"{scheme}://{f'{user}@' if user else ''}{where}{mark}{'&'.join(options)}"
+
+
+def _credentials(place: str) -> tuple[str, str, str]:
+    """User, password and the rest of what a URL has after its scheme. A password with a '/' is none in a URL, but a
+    password all the same."""
+    authority, slash, path = place.partition("/")
+    if "@" in authority:
+        told, _, host = authority.rpartition("@")
+        where = f"{host}{slash}{path}"
+    elif ":" in authority and "@" in path and not authority.rpartition(":")[2].isdigit():
+        told, _, where = place.rpartition("@")
+    else:
+        return "", "", place
+    user, _, password = told.partition(":")
+    return user, password, where
+
+
+def _without_secrets(words: str, url: str) -> str:
+    """The first line of what a library says, which may repeat the URL or parts of it."""
+    words = (words.strip().splitlines() or [""])[0].replace(url, shown(url))
+    place, _, query = url.partition("://")[2].partition("?")
+    secrets = [_credentials(place)[1]]
+    secrets += [value for name, _, value in (each.partition("=") for each in query.split("&")) if _SECRETS.search(name)]
+    for secret in filter(None, secrets):
+        words = words.replace(secret, "***").replace(unquote(secret), "***")
+    return (f"{words[:300]}…" if len(words) > 300 else words).rstrip(".")
+
+
+def _kind(url: str) -> str:
+    scheme = url.partition("://")[0].lower()
+    return _KINDS.get(scheme, scheme)
+
+
+def _hint(url: str) -> str:
+    """What to do about a storage that cannot be opened or used."""
+    kind = _kind(url)
+    if kind not in _FORMS:
+        return f"Known are local paths, {', '.join(_FORMS.values())}, and what else this pyarrow was built with."
+    return f"It is written as {_FORMS[kind]}; it takes its credentials from {_CREDENTIALS[kind]}."
 
 
 def _address(data: memoryview) -> int:

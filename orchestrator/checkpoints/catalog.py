@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from orchestrator.backends.storage import Entry, Storage
 from orchestrator.checkpoints.commit import QUARANTINE_NOTE, QUARANTINED
-from orchestrator.checkpoints.manifest import MANIFEST, Manifest, rank_file
+from orchestrator.checkpoints.manifest import MANIFEST, CheckpointInfo, CheckpointState, Manifest, rank_file
 from orchestrator.errors import CheckpointCorrupt
 
 _NAME = re.compile(r"step_(\d{8,})-a(\d+)(?:\.(\d+))?")
 _RECEIPT = re.compile(r"rank-\d{4,}\.json")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+DIRECTORY = "checkpoints"
+"""Of a run's directory: all that is told of here lies in it."""
+DELETED = "deleted"
+"""Beside the checkpoints: `<name>.json` for each one that was deleted, what it was, when and why. So the database's
+list can be made anew with those that are gone."""
+LEASE = 3600.0
+"""Seconds for which a reader keeps a checkpoint from being deleted, unless it says otherwise."""
 
 
 class Hold(StrEnum):
@@ -138,27 +148,93 @@ def release(storage: Storage, name: str, hold: Hold, *, token: str = "") -> None
     storage.delete(_hold_path(name, hold, token))
 
 
+@contextmanager
+def in_use(storage: Storage, name: str, *, now: float, seconds: float = LEASE) -> Iterator[bool]:
+    """Keeps a checkpoint from being deleted while it is read, for at most `seconds` should the reader die.
+
+    False where nothing can be written: then it may go at any time, and the reader finds that files are missing. Raises
+    FileNotFoundError when there is no such checkpoint (any more).
+    """
+    token = secrets.token_hex(8)
+    is_held = True
+    try:
+        hold(storage, name, Hold.in_use, until=now + seconds, token=token)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        is_held = False
+    try:
+        if is_held and not storage.exists(f"{name}/{MANIFEST}"):  # deleted while it was being held
+            _forget(storage, name)
+            raise FileNotFoundError(storage.uri(name))
+        yield is_held
+    finally:
+        if is_held:
+            with suppress(OSError):
+                release(storage, name, Hold.in_use, token=token)
+
+
 def holds(storage: Storage, name: str, *, now: float = 0.0) -> frozenset[Hold]:
     """What holds a checkpoint; what ended before `now` does not count."""
     inside = storage.join(name)
     return _holds(inside, inside.entries(), now)
 
 
-def quarantine(storage: Storage, name: str, why: str, *, now: float) -> None:
-    """Makes a damaged checkpoint invisible and keeps its bytes."""
+def quarantine(storage: Storage, name: str, why: str, *, now: float) -> bool:
+    """Makes a damaged checkpoint invisible and keeps its bytes; False if it has been deleted, which is no damage."""
     inside = storage.join(name)
+    if not inside.exists(MANIFEST) and not _is_set_aside(inside):
+        return False
     inside.write_bytes(QUARANTINE_NOTE, json.dumps({"why": why, "at": now}).encode())
-    if inside.exists(MANIFEST):
+    try:
         inside.write_bytes(QUARANTINED, inside.read_bytes(MANIFEST))
-        inside.delete(MANIFEST)
+    except FileNotFoundError:
+        if not inside.exists(QUARANTINED):  # deleted meanwhile: our note must not look like a damaged checkpoint
+            _forget(storage, name)
+            return False
+    inside.delete(MANIFEST)
+    return True
 
 
-def remove(storage: Storage, name: str) -> None:
+def remove(storage: Storage, name: str, *, manifest: Manifest | None = None, why: str = "", now: float = 0.0) -> None:
     """The manifest first, so that what is half deleted is no checkpoint; then rank 0's receipt, so that nobody makes it
-    one again."""
+    one again. With `manifest`, that of a checkpoint, a note stays in `deleted/` that says what it was, and why and when
+    (seconds since 1970) it went."""
+    if manifest is not None:
+        note = {**row(manifest, "", CheckpointState.deleted), "why": why, "at": now}
+        del note["uri"]
+        storage.write_bytes(f"{DELETED}/{name}.json", json.dumps(note, allow_nan=False).encode())
     storage.delete(f"{name}/{MANIFEST}")
     storage.delete(f"{name}/{rank_file(0)}")
     storage.delete_dir(name)
+
+
+def deleted_names(storage: Storage, *, since: float = 0.0) -> list[str]:
+    """Those that have a note, and are no checkpoints; with `since` (seconds since 1970) those deleted later. A storage
+    that does not say when tells of none then."""
+    entries = [entry for entry in storage.entries(DELETED) if since <= 0 or entry.modified >= since]
+    names = [entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json")]
+    there = {entry.name for entry in storage.entries() if entry.is_dir} if names else set()
+    return [
+        name
+        for name in names
+        if is_name(name) and not (name in there and storage.exists(f"{name}/{MANIFEST}"))
+    ]  # fmt: skip
+
+
+def deletion(storage: Storage, name: str) -> dict[str, Any] | None:
+    """What the note of a deleted checkpoint says: what `row` gives, `why` and `at`. None if it makes no sense."""
+    try:
+        raw = json.loads(storage.read_bytes(f"{DELETED}/{name}.json"))
+        note = {**raw, "uri": storage.uri(name), "state": CheckpointState.deleted.value}
+        return note if CheckpointInfo.from_json(note).id.rpartition("/")[2] == name else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def row(manifest: Manifest, uri: str, state: CheckpointState = CheckpointState.committed) -> dict[str, Any]:
+    """What the database keeps of a checkpoint, as JSON."""
+    return {**CheckpointInfo.of(manifest, uri, state).to_json(), "created": manifest.created + manifest.duration}
 
 
 def sweep(storage: Storage, *, attempt: int, now: float, grace: float = 3600.0) -> list[str]:
@@ -180,6 +256,27 @@ def sweep(storage: Storage, *, attempt: int, now: float, grace: float = 3600.0) 
         remove(storage, entry.name)
         swept.append(entry.name)
     return swept
+
+
+def sweep_partial(storage: Storage, *, now: float, grace: float = 3600.0) -> list[str]:
+    """Removes files that whoever was killed had not written to their ends, anywhere under `storage`, and gives their
+    paths. One that grew in the last `grace` seconds stays, and so does one of a process of this host that lives.
+
+    Object stores have none: there a file appears when it is complete. What was sent of it before the sender died is
+    kept by the store, unseen, until the bucket's lifecycle rule for incomplete multipart uploads takes it.
+    """
+    swept = []
+    for path in storage.partial_files(older_than=now - grace):
+        storage.delete(path)
+        swept.append(path)
+    return swept
+
+
+def _forget(storage: Storage, name: str) -> None:
+    """Takes away a directory that we made anew by writing into one that was being deleted."""
+    with suppress(OSError):
+        if not storage.exists(f"{name}/{MANIFEST}"):
+            storage.delete_dir(name)
 
 
 def _described(storage: Storage, name: str) -> Incomplete:

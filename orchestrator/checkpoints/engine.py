@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
@@ -18,9 +19,9 @@ from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog, commit, plan
 from orchestrator.checkpoints.job import Layout, Outcome, SaveJob, SlotResult
 from orchestrator.checkpoints.keeping import Keeping, keep_rules
-from orchestrator.checkpoints.manifest import STATE, CheckpointInfo, CheckpointState, Manifest, directory_name
+from orchestrator.checkpoints.manifest import MANIFEST, STATE, CheckpointInfo, CheckpointState, Manifest, directory_name
 from orchestrator.checkpoints.policy import CheckpointPolicy, label_of
-from orchestrator.checkpoints.reader import Stored, read, read_manifest
+from orchestrator.checkpoints.reader import Stored, read, read_manifest, shapes
 from orchestrator.checkpoints.retention import ranked
 from orchestrator.checkpoints.staging import DirectStager, Reservation, Stager
 from orchestrator.checkpoints.state import Snapshot, TrainState, specs
@@ -33,6 +34,16 @@ logger = logging.getLogger(__name__)
 _REFUSED, _NO_ROOM, _NO_PLAN, _DIRECT, _READY = range(5)
 """How far a rank has come when a save is agreed on: the lowest of all counts."""
 _SKIPS_TOLD_EVERY = 60.0
+_CLOCKS_DIFFER = 60.0
+"""Seconds by which a storage's clock may be behind ours."""
+RESCUED = 1_000_000
+"""Names of rescues count from here, so that none takes another save's: some rank may not know of it."""
+RESCUE_ROOM = 5.0
+"""Seconds that a rescue waits for room, and a rank alone for its commit."""
+RESCUE_RANKS = 10.0
+"""Seconds that whoever commits a rescue waits for the other ranks."""
+RESCUE_TOGETHER = 2.0
+"""Seconds that a rank which raised waits itself: most often the others hang, and nothing comes."""
 
 
 class Group(Protocol):
@@ -86,6 +97,28 @@ class StateRefused(CheckpointError, UserError):
         return f"run.state(…) holds what no checkpoint can: {self.why}"
 
 
+class NotWorthSaving(CheckpointError):
+    """A state that no training should go on from."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"The state was not saved: {self.why}."
+
+
+class Closed(CheckpointError, UserError):
+    """A save after the end."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.uri = uri
+
+    def __str__(self) -> str:
+        return f"No checkpoint was saved at {self.uri}: the training has ended. Save before it does."
+
+
 class Unreadable(CheckpointError):
     """The storage did not answer while a checkpoint was read. That says nothing about the checkpoint, so nothing is
     skipped."""
@@ -118,6 +151,10 @@ class _Planned:
     heads: tuple[bytes, ...]
     size_bytes: int
     """Of all tensors and side files, on all ranks together."""
+    own_bytes: int
+    """Of what is rank 0's alone."""
+    late: tuple[bool, ...]
+    """Of the layout's tensors, which change in an optimizer's step only and may be copied until then."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,7 +210,7 @@ class CheckpointEngine:
     ) -> None:
         self._storage, self._group, self._policy, self._clock, self._diary = storage, group, policy, clock, diary
         self._run, self._attempt, self._seed, self._config_hash = run, attempt, seed, config_hash
-        self._stager: Stager = stager or DirectStager(storage)
+        self._stager: Stager = stager or DirectStager(storage, window_bytes=policy.window_mb << 20)
         self._spool_directory = spool_directory
         self._rules = keep_rules(policy)
         self._keeping = Keeping(storage, self._rules, attempt=attempt)
@@ -187,6 +224,9 @@ class CheckpointEngine:
         """Step -> how many saves of this attempt were sealed there."""
         self.skipped = 0
         """Saves that found no room."""
+        self.copy_seconds = 0.0
+        """How long the last save copied."""
+        self._is_closed = False
         self._skips_untold, self._skips_told_at = 0, float("-inf")
         self._is_known_too_large = False
 
@@ -195,6 +235,7 @@ class CheckpointEngine:
     def expect(self, state: TrainState) -> None:
         """Not collective: may be called early, when the state is known, so that room is there when the first save
         comes, and again when it has grown. Says as an event, once, that it will be too large to save."""
+        self._stager.attach(state)
         try:
             mine = self._captured(state, "sharded", {}, {})
         except NotStorable:
@@ -227,41 +268,131 @@ class CheckpointEngine:
         must: bool = True,
         waits: bool = True,
         weights_only: bool = False,
+        full: bool = False,
         announced: str = "",
     ) -> CheckpointInfo | None:
-        """Takes a checkpoint. Raises SaveFailed, TooLarge or StateRefused, on all ranks.
+        """Takes a checkpoint. Raises SaveFailed, TooLarge, StateRefused or Closed, on all ranks.
 
         `progress` is JSON that belongs to the run, `rank_state` what differs between ranks, `data` the position in
         the data. A save that `must` be waits for room; another one is skipped without: then None. With `waits` it
         returns when the checkpoint is durable; else it may be `staged`, with only its files' places known.
+        `full` puts the parts of sharded tensors together; where ranks hold the same, all is whole in any case.
         `announced` is what rank 0's `announce` gave, if the ranks know it already.
         """
+        if self._is_closed:
+            raise Closed(self._storage.uri())
         created = self._clock.now()
         token, name = (announced or self._group.share(self.announce(step))).split(" ")
-        kind = "weights" if weights_only else "sharded"
+        kind = "weights" if weights_only else "full" if full else "sharded"
         mine = self._agreed(state, kind, rank_state, progress, must, self._storage.uri(name))
         if mine is None:
             self._count_skip(name, reasons)
             return None
         self._counts[step] = self._counts.get(step, 0) + 1
-        planned = self._plans[kind]
-        draft = Manifest(
-            run=self._run, name=name, attempt=self._attempt, step=step, epoch=epoch, epoch_complete=epoch_complete,
-            world_size=self._group.world_size, seed=self._seed, config_hash=self._config_hash, created=created,
-            duration=0.0, files=(), metrics=metrics, is_best=is_best, reasons=tuple(reasons),
-            label=label_of(self._policy.label, epoch=epoch, step=step, attempt=self._attempt), data=data,
-            versions={"torch": torch.__version__, "python": platform.python_version()}, resumable=not weights_only,
-            save=token, kind=kind, plan_sha256=planned.sha256,
+        planned = self._plan_for(mine)
+        assert planned is not None
+        draft = self._draft(
+            name, token, planned, created=created, step=step, epoch=epoch, epoch_complete=epoch_complete,
+            metrics=metrics, is_best=is_best, reasons=tuple(reasons), data=data, kind=kind, resumable=not weights_only,
         )  # fmt: skip
-        info = CheckpointInfo.of(draft, self._storage.uri(name), CheckpointState.staged)
-        info = replace(info, manifest_sha256="", size_bytes=planned.size_bytes)
-        failure = self._seal(mine, planned, draft)
+        info = self._staged_info(draft, planned)
+        failure = self._seal(mine, planned, draft, is_waited_for=waits)
         if mine.is_agreed_direct or waits:
             return self._concluded(mine, info, token, failure)
         self._staged[token] = info
         if failure is not None:
             self._end_badly(self._staged.pop(token), _told(failure))
         return info
+
+    def rescue(
+        self,
+        state: TrainState,
+        *,
+        step: int,
+        optimizer_steps: int,
+        epoch: int,
+        epoch_complete: bool,
+        reasons: Sequence[str],
+        progress: Mapping[str, Any],
+        rank_state: Mapping[str, Any],
+        data: Mapping[str, Any],
+    ) -> CheckpointInfo:
+        """Saves without a word to the other ranks, which may be dead or wait for what will not come. Not collective.
+
+        Each rank that calls it at the same point finds the same token by itself; there is a checkpoint if all of them
+        do within RESCUE_RANKS seconds, or once they have. What is given is `staged` then, and committed at once where
+        this rank is the only one. Raises NotWorthSaving, SaveFailed, NotStorable, Closed, OSError.
+        """
+        if self._is_closed:
+            raise Closed(self._storage.uri())
+        created = self._clock.now()
+        self._stager.attach(state)
+        mine = self._captured(state, "sharded", rank_state, progress)
+        assert mine.snapshot is not None
+        if name := _not_finite(mine.snapshot):
+            raise NotWorthSaving(f"{name} holds nan or inf")
+        planned = self._plan_alone(mine)
+        point = f"{self._run} {self._attempt} {step} {optimizer_steps} {planned.sha256} {planned.own_bytes}"
+        token = hashlib.sha256(point.encode()).hexdigest()[:32]
+        draft = self._draft(
+            directory_name(step, self._attempt, RESCUED + optimizer_steps), token, planned, created=created, step=step,
+            epoch=epoch, epoch_complete=epoch_complete, metrics={}, is_best=False, reasons=tuple(reasons), data=data,
+            kind="sharded", resumable=True,
+        )  # fmt: skip
+        info = self._staged_info(draft, planned)
+        mine.reservation = self._stager.reserve(planned.layout, planned.heads, patience=RESCUE_ROOM)
+        if mine.reservation is None:  # all room is taken by what is being written
+            mine.reservation = DirectStager(self._storage).reserve(planned.layout, planned.heads, patience=0.0)
+        if (failure := self._seal(mine, planned, draft, is_waited_for=True, wait_for_ranks=RESCUE_RANKS)) is not None:
+            raise SaveFailed(info.uri, _told(failure)) from failure
+        patience = RESCUE_ROOM if self._group.world_size == 1 else RESCUE_TOGETHER
+        if mine.reservation.is_direct:
+            return self._commit_alone(info, token, patience)
+        self._staged[token] = info
+        self.await_own(patience)
+        return next((ended.info for ended in self._ended if ended.info.id == info.id and not ended.why), info)
+
+    def _commit_alone(self, info: CheckpointInfo, token: str, patience: float) -> CheckpointInfo:
+        """What this rank has written is a checkpoint as soon as the others have written, too. Whoever sees that commits
+        it; the record is rank 0's to tell, or the next attempt's."""
+        inside, deadline = self._storage.join(_name_of(info)), time.monotonic() + patience
+        while commit.finish(inside) is None:
+            if self._group.rank != 0 or time.monotonic() > deadline:
+                return info
+            time.sleep(0.02)
+        if self._group.rank != 0:
+            return info
+        outcome, timings = self._commit(info, token)
+        info = replace(_committed_info(info, outcome), timings=timings)
+        self._has_committed(info, outcome)
+        return info
+
+    def _plan_alone(self, mine: _Attempted) -> _Planned:
+        """The plan that is agreed on, or the same one that the other ranks make of states like this one's."""
+        planned = self._plan_for(mine)
+        if planned is not None:
+            return planned
+        own_bytes = plan.own_bytes(mine.specs)
+        layout, heads = self._layout(mine, own_bytes)
+        return _Planned(
+            specs=mine.specs, own=mine.own, files=mine.files, layout=layout, heads=heads, own_bytes=own_bytes,
+            late=_late(layout, mine.snapshot),
+            sha256=plan.plan_sha256(mine.specs, self._group.world_size), size_bytes=_size_bytes(mine.specs, mine.files),
+        )  # fmt: skip
+
+    def _draft(self, name: str, token: str, planned: _Planned, *, created: float, **what: Any) -> Manifest:
+        """What rank 0 knows of a checkpoint before it is written."""
+        return Manifest(
+            run=self._run, name=name, attempt=self._attempt, world_size=self._group.world_size, seed=self._seed,
+            config_hash=self._config_hash, created=created, duration=0.0, files=(), save=token,
+            label=label_of(self._policy.label, epoch=what["epoch"], step=what["step"], attempt=self._attempt),
+            versions={"torch": torch.__version__, "python": platform.python_version()}, plan_sha256=planned.sha256,
+            **what,
+        )  # fmt: skip
+
+    def _staged_info(self, draft: Manifest, planned: _Planned) -> CheckpointInfo:
+        info = CheckpointInfo.of(draft, self._storage.uri(draft.name), CheckpointState.staged)
+        return replace(info, manifest_sha256="", size_bytes=planned.size_bytes)
 
     def _agreed(
         self,
@@ -275,6 +406,7 @@ class CheckpointEngine:
         """Room on every rank, or None on every rank; whatever goes wrong on one of them is raised on all."""
         mine = _Attempted(kind=kind)
         try:
+            self._stager.attach(state)
             mine = self._captured(state, kind, rank_state, progress)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             mine.error = error
@@ -298,12 +430,12 @@ class CheckpointEngine:
         self, state: TrainState, kind: str, rank_state: Mapping[str, Any], progress: Mapping[str, Any]
     ) -> _Attempted:
         """Raises NotStorable."""
-        snapshot = state.capture(weights_only=kind == "weights")
+        snapshot = state.capture(weights_only=kind == "weights", full=kind == "full")
         is_main = self._group.rank == 0
         texts = {}
         if is_main:
-            content = {"tree": snapshot.tree, "progress": dict(progress)}
-            texts[STATE] = json.dumps(content, allow_nan=False)
+            done = json.dumps(dict(progress), allow_nan=False)
+            texts[STATE] = f'{{"tree": {snapshot.tree_text}, "progress": {done}}}'
         own = (
             {} if is_main else {plan.OWN: specs(Snapshot(tensors={plan.OWN: snapshot.own}, tree={})).get(plan.OWN, [])}
         )
@@ -315,8 +447,8 @@ class CheckpointEngine:
     def _readiness(self, mine: _Attempted, must: bool) -> int:
         if mine.error is not None:
             return _REFUSED
-        planned = self._plans.get(mine.kind)
-        if planned is None or (planned.specs, planned.own, planned.files) != (mine.specs, mine.own, mine.files):
+        planned = self._plan_for(mine)
+        if planned is None:
             return _NO_PLAN
         patience = self._policy.wait if must else 0.0
         try:
@@ -327,6 +459,14 @@ class CheckpointEngine:
         if mine.reservation is None:
             return _NO_ROOM
         return _DIRECT if mine.reservation.is_direct else _READY
+
+    def _plan_for(self, mine: _Attempted) -> _Planned | None:
+        """The one that is agreed on for such states; where ranks hold the same, a full save is like any other."""
+        for kind in dict.fromkeys((mine.kind, "sharded" if mine.kind == "full" else mine.kind)):
+            planned = self._plans.get(kind)
+            if planned and (planned.specs, planned.own, planned.files) == (mine.specs, mine.own, mine.files):
+                return planned
+        return None
 
     def _make_plan(self, mine: _Attempted, uri: str) -> None:
         """Who writes what, from what all ranks have; once for states that look alike. Raises StateRefused, TooLarge."""
@@ -352,7 +492,7 @@ class CheckpointEngine:
             return
         self._plans[mine.kind] = _Planned(
             specs=mine.specs, own=mine.own, files=mine.files, sha256=sha256, layout=layout, heads=heads,
-            size_bytes=size_bytes,
+            size_bytes=size_bytes, own_bytes=replies[0]["own_bytes"], late=_late(layout, mine.snapshot),
         )  # fmt: skip
 
     def _layout(self, mine: _Attempted, own_bytes: int) -> tuple[Layout, tuple[bytes, ...]]:
@@ -382,13 +522,23 @@ class CheckpointEngine:
             return f"it has {size}, the disk has {free / 1e9:.3g} GB left, and a tenth more is needed"
         return ""
 
-    def _seal(self, mine: _Attempted, planned: _Planned, draft: Manifest) -> Exception | None:
+    def _seal(
+        self,
+        mine: _Attempted,
+        planned: _Planned,
+        draft: Manifest,
+        *,
+        is_waited_for: bool,
+        wait_for_ranks: float = 300.0,
+    ) -> Exception | None:
         """What went wrong, if anything did: the other ranks do not wait for this one here."""
         reservation, snapshot = mine.reservation, mine.snapshot
         assert reservation is not None
         assert snapshot is not None
         try:
-            copied = reservation.fill(_tensors(planned.layout, snapshot))
+            copied = self.copy_seconds = reservation.fill(
+                _tensors(planned.layout, snapshot), late=None if is_waited_for else planned.late
+            )
             reservation.seal(
                 SaveJob(
                     save=draft.save, storage_url=self._storage.url, name=draft.name, run=self._run,
@@ -396,6 +546,7 @@ class CheckpointEngine:
                     content=mine.content, texts=mine.texts,
                     draft=commit.draft_of(draft) if self._group.rank == 0 else None, keep=self._rules,
                     sealed_at=self._clock.now(), copy_seconds=copied, spool_directory=self._spool_directory,
+                    wait_for_ranks=wait_for_ranks,
                 )
             )  # fmt: skip
         except Exception as error:  # whatever it is, the other ranks may wait to hear of it
@@ -453,7 +604,7 @@ class CheckpointEngine:
         outcome = Outcome(
             save=token, name=name, result=SlotResult.committed, why=tidied.why, manifest_sha256=manifest.digest,
             size_bytes=manifest.size_bytes, duration=manifest.duration,
-            deleted=tuple(each.name for each in tidied.deleted),
+            deleted=tuple(each.name for each in tidied.deleted), for_quota=tidied.for_quota,
         )  # fmt: skip
         for deleted in tidied.deleted:
             self._told.setdefault(deleted.name, CheckpointInfo.of(deleted, self._storage.uri(deleted.name)))
@@ -487,31 +638,39 @@ class CheckpointEngine:
 
     def drain(self, timeout: float) -> bool:
         """Collective. Waits until nothing is staged any more; False if that took longer. `poll` gives the results."""
+        return bool(self._group.lowest(self.await_own(timeout)))
+
+    def await_own(self, timeout: float) -> bool:
+        """As `drain`, for this rank alone."""
         deadline = time.monotonic() + timeout
         for token in list(self._staged):
             with suppress(TimeoutError):
                 self._hear(self._stager.wait(token, max(deadline - time.monotonic(), 0.0)))
-        return bool(self._group.lowest(not self._staged))
+        return not self._staged
 
     def close(self) -> None:
         """No further saves. What is staged goes on."""
-        self._stager.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._stager.close()
 
     def _hear(self, outcome: Outcome) -> None:
         info = self._staged.pop(outcome.save, None)
-        if info is None or self._group.rank != 0:
+        if info is None:
             return
         if wrong := _failure_of(outcome):
             self._end_badly(info, wrong)
+            return
+        if self._group.rank != 0:  # whose part is durable; what came of the whole, rank 0 hears
+            self._ended.append(Ended(info=info))
             return
         info = _committed_info(info, outcome)
         self._has_committed(info, outcome)
         self._ended.append(Ended(info=info))
 
     def _end_badly(self, info: CheckpointInfo, why: str) -> None:
-        if self._group.rank == 0:
-            self._tell("checkpoint-failed", str(SaveFailed(info.uri, why)), level="error", reasons=list(info.reasons))
-            self._ended.append(Ended(info=info, why=why))
+        self._tell("checkpoint-failed", str(SaveFailed(info.uri, why)), level="error", reasons=list(info.reasons))
+        self._ended.append(Ended(info=info, why=why))
 
     def _has_committed(self, info: CheckpointInfo, outcome: Outcome) -> None:
         """Tells of a checkpoint and of what it has displaced; rank 0 only."""
@@ -521,9 +680,15 @@ class CheckpointEngine:
         for name in outcome.deleted:
             if (gone := self._told.pop(name, None)) is not None:
                 self._diary.checkpoint(replace(gone, state=CheckpointState.deleted))
+        if outcome.for_quota:
+            self._tell("checkpoint-quota", outcome.for_quota)
         if outcome.why:
             message = f"old checkpoints could not be deleted: {outcome.why}"
             self._tell("checkpoint-retention-failed", message, level="warning")
+
+    def stalled(self) -> float:
+        """Seconds since the last call that training waited for copies besides what `save` took."""
+        return self._stager.stalled()
 
     # -- restoring ---------------------------------------------------------------------------------------------------
 
@@ -534,10 +699,12 @@ class CheckpointEngine:
 
         Raises CheckpointMismatch when it belongs to other code, Unreadable when the storage does not answer.
         """
+        self._stager.settle()
         names = json.loads(self._on_main(lambda: self._candidates(which), Unreadable, self._storage.uri()))
         skipped = 0
         for name in names:
-            stored, why = self._read_together(name)
+            with self._in_use(name):
+                stored, why = self._read_together(name, state)
             if stored is None:
                 self._quarantine(name, why)
                 skipped += 1
@@ -558,6 +725,7 @@ class CheckpointEngine:
             self._quarantine(name, str(error))
         committed = [*found.committed, *filter(None, map(self._finished, found.incomplete))]
         committed.sort(key=lambda manifest: catalog.age_key(manifest.name), reverse=True)
+        self._tell_of_deleted(committed)
         for manifest in reversed(committed):
             self._told[manifest.name] = CheckpointInfo.of(manifest, self._storage.uri(manifest.name))
             self._diary.checkpoint(self._told[manifest.name])
@@ -576,12 +744,16 @@ class CheckpointEngine:
             logger.info("%s stays unfinished: %s", name, error, extra={"run": self._run})
             return None
 
-    def _read_together(self, name: str) -> tuple[Stored | None, str]:
+    def _read_together(self, name: str, state: TrainState) -> tuple[Stored | None, str]:
         """The checkpoint if it is right on every rank, else None and why. Every byte is verified before any is used."""
         inside = self._storage.join(name)
         stored, reply = None, {"verdict": "valid", "why": ""}
         try:
-            stored = read(inside, read_manifest(inside), rank=self._group.rank, world_size=self._group.world_size)
+            manifest = read_manifest(inside)
+            stored = read(
+                inside, manifest, rank=self._group.rank, world_size=self._group.world_size,
+                boxes=state.boxes(shapes(manifest)),
+            )  # fmt: skip
         except (CheckpointCorrupt, FileNotFoundError) as error:
             reply = {"verdict": "corrupt", "why": _told(error)}
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
@@ -595,9 +767,29 @@ class CheckpointEngine:
                 return None, "; ".join(wrong)
         return stored, ""
 
+    def _tell_of_deleted(self, committed: Sequence[Manifest]) -> None:
+        """What others deleted since this run saved last: a neighbour for the quota, a user."""
+        since = max((each.created + each.duration for each in committed), default=0.0) - _CLOCKS_DIFFER
+        for name in catalog.deleted_names(self._storage, since=since):
+            if (note := catalog.deletion(self._storage, name)) is not None:
+                self._diary.checkpoint(CheckpointInfo.from_json(note))
+
+    @contextmanager
+    def _in_use(self, name: str) -> Iterator[None]:
+        """Nobody deletes it meanwhile, where we may say so."""
+        with ExitStack() as held:
+            if self._group.rank == 0:
+                with suppress(OSError):
+                    held.enter_context(catalog.in_use(self._storage, name, now=self._clock.now()))
+            yield
+
     def _quarantine(self, name: str, why: str) -> None:
         if self._group.rank != 0:
             return
+        with suppress(OSError):
+            if not self._storage.exists(f"{name}/{MANIFEST}"):
+                self._tell("checkpoint-gone", f"{name} was deleted before it was read", checkpoint=name)
+                return
         message = f"{name} is damaged and will not be used: {why}"
         self._tell("checkpoint-quarantined", message, level="error", checkpoint=name)
         try:
@@ -642,7 +834,12 @@ class CheckpointEngine:
 
 
 def _tensors(layout: Layout, snapshot: Snapshot) -> list[torch.Tensor]:
-    """Those of the layout's pieces, in their order."""
+    """Those of the layout's pieces, in their order. Collective if some are to be put together first."""
+    gathered = {}
+    if snapshot.spread:
+        gathered = snapshot.gathered(
+            {f"{image.path.partition('/')[0]}/{piece.name}" for image in layout.images for piece in image.pieces}
+        )
     found = []
     for image in layout.images:
         group, _, name = image.path.partition("/")
@@ -651,12 +848,40 @@ def _tensors(layout: Layout, snapshot: Snapshot) -> list[torch.Tensor]:
             found.append(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0))
             continue
         tensors = snapshot.own if group == plan.OWN else snapshot.tensors[group]
-        found += [tensors[piece.name] for piece in image.pieces]
+        if gathered:
+            found += [gathered.get(f"{group}/{piece.name}", tensors[piece.name]) for piece in image.pieces]
+        else:
+            found += [tensors[piece.name] for piece in image.pieces]
     return found
 
 
+def _late(layout: Layout, snapshot: Snapshot | None) -> tuple[bool, ...]:
+    """Which of the layout's pieces nothing but a step of an optimizer changes."""
+    assert snapshot is not None
+    return tuple(
+        (key := f"{image.path.partition('/')[0]}/{piece.name}") in snapshot.shared or key in snapshot.parts
+        for image in layout.images
+        for piece in image.pieces
+    )
+
+
+def _not_finite(snapshot: Snapshot) -> str:
+    """The first of the model's parameters with a value that is no number; "" if there is none. Of a split parameter,
+    this rank's part is looked at."""
+    for name, tensor in snapshot.tensors["model"].items():
+        is_parameter = f"model/{name}" in snapshot.shared or f"model/{name}" in snapshot.parts
+        if not is_parameter or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        wide = (
+            tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
+        )  # float8 knows no such question
+        if not bool(torch.isfinite(wide).all()):
+            return name
+    return ""
+
+
 def _size_bytes(groups: plan.Groups, files: Mapping[str, int]) -> int:
-    return sum(spec.size_bytes for each in groups.values() for spec in each) + sum(files.values())
+    return plan.size_bytes(groups) + sum(files.values())
 
 
 def _committed_info(info: CheckpointInfo, outcome: Outcome) -> CheckpointInfo:

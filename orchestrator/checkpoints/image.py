@@ -8,6 +8,7 @@ places depend on names, types and shapes alone: an image is made once and filled
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ class TensorSpec:
     """Of a part of a split tensor: where it begins in each dimension of the whole."""
     full_shape: tuple[int, ...] | None = None
     """Of a part of a split tensor: the shape of the whole."""
+    holders: tuple[int, ...] = ()
+    """Of a part of a split tensor: the ranks that have this part, one for each copy of the whole, in an order that is
+    the same for all parts."""
+
+    @property
+    def full_bytes(self) -> int:
+        """Of the whole of which it may be a part."""
+        return self.size_bytes if self.full_shape is None else SIZES[self.dtype] * math.prod(self.full_shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog
-from orchestrator.checkpoints.catalog import Found, Hold
+from orchestrator.checkpoints.catalog import DIRECTORY, Found, Hold
 from orchestrator.checkpoints.commit import QUARANTINE_NOTE, QUARANTINED
-from orchestrator.checkpoints.manifest import MANIFEST, CheckpointInfo, CheckpointState, Manifest, UnknownFormat
+from orchestrator.checkpoints.manifest import MANIFEST, CheckpointState, Manifest, UnknownFormat
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.status import RunStatus
 from orchestrator.store.names import is_run_id
 from orchestrator.store.views import CheckpointRow, RunRow
 
-DIRECTORY = "checkpoints"
-"""Of a run's directory."""
 EVERY_RUN = 1_000_000_000
 
 Progress = Callable[[str, int, int], None]
@@ -76,20 +75,17 @@ def rebuild(
             except (OSError, UnknownFormat) as error:
                 done.damaged.append((Storage(directory).uri(), str(error)))
     if not run and storage_url:
-        done.unknown = list(_strangers(Storage(storage_url), places))
+        storage = Storage(storage_url)
+        try:
+            done.unknown = list(_strangers(storage, places))
+        except OSError as error:
+            done.damaged.append((storage.uri(), str(error)))
     return done
 
 
 def row_of(found: Found, uri: str, state: CheckpointState = CheckpointState.committed) -> dict[str, Any]:
     """What the database keeps of a checkpoint."""
-    manifest = found.manifest
-    return {
-        **CheckpointInfo.of(manifest, uri, state).to_json(),
-        "is_pinned": Hold.pinned in found.holds,
-        "created": manifest.created + manifest.duration,
-        "cipher": manifest.cipher,
-        "key_id": manifest.key_id,
-    }
+    return {**catalog.row(found.manifest, uri, state), "is_pinned": Hold.pinned in found.holds}
 
 
 def _rebuild_run(store: Index, run: str, directory: str, done: Rebuilt, *, user: str, now: float) -> None:
@@ -110,13 +106,20 @@ def _rebuild_run(store: Index, run: str, directory: str, done: Rebuilt, *, user:
     for name, error in scan.corrupt:
         done.damaged.append((root.uri(name), str(error)))
         aside.append(f"{run}/{name}")
+    ids = {row.id for row in listed}
+    rows += [_bare_row(run, root, name) for name, _ in scan.corrupt if f"{run}/{name}" not in ids]
     for name in _set_aside(root, scan):
         aside.append(f"{run}/{name}")
         if (manifest := _manifest_set_aside(root, name)) is not None and manifest.run == run:
             found = Found(manifest=manifest, holds=frozenset())
             rows.append(row_of(found, root.uri(name), CheckpointState.quarantined))
+        elif f"{run}/{name}" not in ids:
+            rows.append(_bare_row(run, root, name))
     there = {row["id"] for row in rows} | set(aside)
     gone = [row.id for row in listed if row.id not in there and row.state != CheckpointState.deleted]
+    known = {row.id for row in listed if row.state == CheckpointState.deleted}
+    noted = [name for name in catalog.deleted_names(root) if f"{run}/{name}" not in there | known]
+    rows += filter(None, _all(lambda name: catalog.deletion(root, name), noted))
     if rows:
         done.changed += store.put_checkpoints(run, rows, user=user, now=now)
     if aside:
@@ -124,6 +127,14 @@ def _rebuild_run(store: Index, run: str, directory: str, done: Rebuilt, *, user:
     if gone:
         done.changed += store.mark_checkpoints(run, gone, CheckpointState.deleted, user=user, now=now)
         done.gone += gone
+
+
+def _all(read: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
+    """Several at once: a run may have deleted thousands, and an object store takes its time for each."""
+    if len(names) < 2:
+        return [read(name) for name in names]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(read, names))
 
 
 def _set_aside(root: Storage, scan: catalog.Scan) -> Iterator[str]:
@@ -142,6 +153,16 @@ def _manifest_set_aside(root: Storage, name: str) -> Manifest | None:
         return Manifest.decode(root.read_bytes(f"{name}/{QUARANTINED}"), root.uri(name))
     except (CheckpointCorrupt, UnknownFormat, OSError):
         return None
+
+
+def _bare_row(run: str, root: Storage, name: str) -> dict[str, Any]:
+    """Of a checkpoint whose manifest is what is damaged: no more than its name says."""
+    attempt, step, _ = catalog.age_key(name)
+    modified = root.modified(name)
+    return {
+        "id": f"{run}/{name}", "uri": root.uri(name), "attempt": attempt, "step": step,
+        "state": CheckpointState.quarantined.value, "created": modified,
+    }  # fmt: skip
 
 
 def _strangers(storage: Storage, known: Mapping[str, object]) -> Iterator[str]:

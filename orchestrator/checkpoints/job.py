@@ -114,6 +114,7 @@ class KeepRules:
     every_steps: int = 0
     for_seconds: float = 0.0
     quota_bytes: int = 0
+    """What the checkpoints of all runs of the experiment may take together; the oldest go first."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> KeepRules:
@@ -194,22 +195,27 @@ class Outcome:
     duration: float = 0.0
     deleted: tuple[str, ...] = ()
     """Names of the checkpoints that retention removed; the first 64."""
+    for_quota: str = ""
+    """What was deleted for the experiment's quota, of this run and of others, for people; "" if nothing was."""
 
     def encode(self, limit_bytes: int = 3072) -> bytes:
-        """JSON that fits: names of deleted ones go first, then the end of `why`."""
-        deleted, why = self.deleted[:64], self.why
+        """JSON that fits: names of deleted ones go first, then the end of `why` and of `for_quota`."""
+        deleted, why, for_quota = self.deleted[:64], self.why, self.for_quota
         while True:
             raw = {
                 "save": self.save, "name": self.name, "result": self.result.value, "why": why, "deleted": deleted,
                 "manifest_sha256": self.manifest_sha256, "size_bytes": self.size_bytes, "duration": self.duration,
+                "for_quota": for_quota,
             }  # fmt: skip
             data = _canonical(raw)
-            if len(data) <= limit_bytes or not (deleted or why):
+            if len(data) <= limit_bytes or not (deleted or why or for_quota):
                 return data
             if deleted:
                 deleted = deleted[: len(deleted) // 2]
-            else:
+            elif why:
                 why = why[: len(why) // 2]
+            else:
+                for_quota = for_quota[: len(for_quota) // 2]
 
     @classmethod
     def decode(cls, data: bytes) -> Outcome:

@@ -38,6 +38,20 @@ class NoCheckpoint(CheckpointError, UserError):
         )
 
 
+class DeletedMeanwhile(CheckpointError, UserError):
+    """A checkpoint went while it was read. Nothing of it was used."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.uri = uri
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uri} was deleted while it was read: by its run, which keeps the last few, or by a user. Choose "
+            "another one, or keep those you need with `orc checkpoint pin RUN@NAME`."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedCheckpoint:
     """What a checkpoint holds, in memory of its own."""
@@ -79,7 +93,8 @@ def load_checkpoint(
     RUN, RUN@best, RUN@latest or RUN@NAME; `which` says the same for directories. `home` is the data directory of the
     stack that knows the run. The tensors that are returned lie on `device`; every rank of a group may call it alone.
 
-    A damaged checkpoint is passed over for the next older one, unless one was named: then CheckpointCorrupt is raised.
+    A damaged or just deleted checkpoint is passed over for the next older one, unless one was named: then
+    CheckpointCorrupt or DeletedMeanwhile is raised.
     Raises NoCheckpoint, NotFound for an unknown run, CheckpointMismatch if it does not fit the model, OSError when the
     storage does not answer.
     """
@@ -131,7 +146,7 @@ def _first_valid(storage: Storage, which: str) -> tuple[Storage, Stored, tuple[s
         try:
             inside = storage.join(manifest.name)
             return inside, _read(inside, manifest), tuple(skipped)
-        except CheckpointCorrupt as error:
+        except (CheckpointCorrupt, DeletedMeanwhile) as error:
             skipped.append(f"{manifest.name}: {error}")
     raise NoCheckpoint(storage.uri(), which, tuple(skipped))
 
@@ -149,15 +164,16 @@ def _wanted(storage: Storage, newest_first: Sequence[Manifest], which: str) -> l
     """In the order in which they are tried."""
     if which == "latest":
         return list(newest_first)
-    pointed = pointers.read(storage, which)  # a hint: what it names must be there
-    first = [manifest for manifest in newest_first if manifest.name == pointed]
-    if which != "best":
-        return first
-    return [*first, *(manifest for manifest in newest_first if manifest.is_best and manifest not in first)]
+    return pointers.best_first(storage, which, newest_first)
 
 
 def _read(inside: Storage, manifest: Manifest) -> Stored:
-    return read(inside, manifest, rank=0, world_size=manifest.world_size)
+    try:
+        return read(inside, manifest, rank=0, world_size=manifest.world_size)
+    except CheckpointCorrupt as error:
+        if inside.exists(MANIFEST) or inside.exists(catalog.QUARANTINED):
+            raise
+        raise DeletedMeanwhile(inside.uri()) from error
 
 
 # -- what it holds -------------------------------------------------------------------------------------------

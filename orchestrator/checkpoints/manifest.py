@@ -219,6 +219,8 @@ class CheckpointInfo:
     world_size: int | None = None
     reasons: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    cipher: str | None = None
+    key_id: str | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, uri: str, state: CheckpointState = CheckpointState.committed) -> CheckpointInfo:
@@ -227,6 +229,18 @@ class CheckpointInfo:
             size_bytes=manifest.size_bytes, state=state, metrics=manifest.metrics, manifest_sha256=manifest.digest,
             label=manifest.label, is_best=manifest.is_best, duration=manifest.duration, resumable=manifest.resumable,
             kind=manifest.kind, world_size=manifest.world_size, reasons=manifest.reasons, timings=manifest.timings,
+            cipher=manifest.cipher, key_id=manifest.key_id,
+        )  # fmt: skip
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> CheckpointInfo:
+        """From what `to_json` gave, and more. Raises KeyError, TypeError, ValueError."""
+        metrics = {key: float(value) for key, value in raw["metrics"].items()}
+        given = {name: raw[name] for name in cls.__dataclass_fields__}
+        return cls(
+            **{
+                **given, "state": CheckpointState(raw["state"]), "metrics": metrics, "reasons": tuple(raw["reasons"])
+            }
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

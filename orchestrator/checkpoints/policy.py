@@ -18,6 +18,17 @@ class Direction(StrEnum):
     max = "max"
 
 
+class Mode(StrEnum):
+    """How a save leaves the training's hands."""
+
+    eager = "eager"
+    """Copied into shared memory; another process writes it. Where there is no such memory: as `direct`."""
+    overlap = "overlap"
+    """The same, and the copy goes on while the next step computes, up to `optimizer.step`."""
+    direct = "direct"
+    """Written before training goes on."""
+
+
 @dataclass(kw_only=True)
 class CheckpointPolicy:
     """Each trigger works by itself; 0 or "" switches it off. They are looked at in `run.report(…, state=…)`. What is
@@ -31,8 +42,12 @@ class CheckpointPolicy:
     best_direction: Direction = Direction.max
     on_stop: bool = True
     """Save before the run ends because it was asked to."""
+    on_exception: bool = True
+    """Save when the train function raises, if the state is whole then; see `Run.rescue`."""
     at_end: bool = True
     """Save when the train function returns, if steps were made since the last checkpoint."""
+    full_every_epochs: int = 0
+    """Of sharded (FSDP) state, save whole tensors every so many epochs. Where ranks hold the same, all are whole."""
     keep_last: int = 3
     """How many of the newest are kept; 0 keeps all of them."""
     keep_best: int = 1
@@ -43,6 +58,8 @@ class CheckpointPolicy:
     """Keep the first at or after each multiple of so many steps."""
     keep_hours: float = 0.0
     """Keep what is younger."""
+    quota_gb: float = 0.0
+    """What all checkpoints of the experiment may take together, in 10^9 bytes; 0: no limit."""
     label: str = "v{epoch}.{step}"
     """What a checkpoint is called besides its name; knows `{epoch}`, `{step}` and `{attempt}`."""
     max_gb: float = 0.0
@@ -50,7 +67,16 @@ class CheckpointPolicy:
     wait: float = 600.0
     """Seconds that a save which must not be skipped waits for room, and then until it is durable."""
 
+    mode: Mode = Mode.eager
+    window_mb: int = 64
+    """Memory, in MiB, through which a rank that writes by itself streams what lies on a GPU."""
+
     def __post_init__(self) -> None:
+        if self.mode not in tuple(Mode):
+            raise UserError(f"checkpoints.mode is {self.mode!r}; it is {', '.join(Mode)}.")
+        if self.window_mb < 1:
+            raise UserError(f"checkpoints.window_mb is {self.window_mb}; it is at least 1.")
+        self.mode = Mode(self.mode)
         label_of(self.label, epoch=0, step=0, attempt=1)
         for text in self.also_best:
             also_best(text)

@@ -7,9 +7,10 @@ need not be as many: `read` gives all of them put together, `read_slices` the pa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from orchestrator.checkpoints.state import GROUPS, Snapshot
 from orchestrator.checkpoints.tree import from_inline, unpack
 from orchestrator.errors import CheckpointCorrupt
 
-__all__ = ["Damage", "Stored", "check_sizes", "read", "read_manifest", "read_slices", "verify"]
+__all__ = ["Damage", "Stored", "check_sizes", "read", "read_manifest", "read_slices", "shapes", "verify"]
 
 _PART_BYTES = 32 << 20
 """What one thread reads at a time, at least: enough that opening the file again does not count."""
@@ -65,12 +66,9 @@ class Damage:
         return f"{where}: {self.found}, the manifest says {self.expected}"
 
 
-@dataclass(slots=True)
-class _Contents:
-    """What was read of some files, by path."""
-
-    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    texts: dict[str, bytes] = field(default_factory=dict)
+def shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """`group/name` of all tensors of the state -> the shape of the whole."""
+    return {key: _full_shape(pieces[0][1]) for key, pieces in _pieces(manifest.files).items() if _group(key) in GROUPS}
 
 
 def read(
@@ -80,12 +78,15 @@ def read(
     rank: int,
     world_size: int,
     groups: Sequence[str] = GROUPS,
+    boxes: Mapping[str, Box] | None = None,
     threads: int = 2,
 ) -> Stored:
-    """The whole checkpoint, as rank `rank` of `world_size` needs it; of the tensors, those in `groups`.
+    """The whole checkpoint, as rank `rank` of `world_size` needs it; of the tensors, those in `groups`, and of those in
+    `boxes` ("model/fc.weight" -> begin and end in each dimension) this part: saved tensors and pieces that have no
+    share in it are not read.
 
-    Raises CheckpointCorrupt naming the file. Every byte is hashed as it arrives, and nothing is given out before all of
-    it is right. The number of workers need not be that which wrote it.
+    Raises CheckpointCorrupt naming the file. Every byte that is read is hashed as it arrives, pieces of tensors as
+    wholes, and nothing is given out before all of it is right. The number of workers need not be that which wrote it.
     """
     check_sizes(storage, manifest)
     is_same_world = world_size == manifest.world_size
@@ -99,18 +100,27 @@ def read(
     for needed in (STATE, mine):
         if not any(file.path == needed for file in wanted):
             raise CheckpointCorrupt(storage.uri(), MANIFEST, f"an entry for {needed}", "none")
-    contents = _read_files(storage, wanted, threads)
-    tensors = {group: _put_together(storage, wanted, group, contents) for group in GROUPS}
-    for name, tensor in contents.tensors.get(own, {}).items():
-        tensors["model"][name] = tensor
-    shared = json.loads(contents.texts[STATE])
+    texts = {file.path: _read_text(storage, file) for file in wanted if not file.tensors}
+    pieces = _pieces(wanted)
+    cut = {key: box for key, box in (boxes or {}).items() if key in pieces}
+    found = _read_tensors(storage, [file for file in wanted if file.path not in texts], pieces, cut, threads)
+    tensors = {
+        group: {key.partition("/")[2]: tensor for key, tensor in found.items() if _group(key) == group}
+        for group in (*GROUPS, _OWN, _SIDE)
+    }
+    tensors["model"] |= tensors.pop(_OWN)
+    side = {key.removeprefix(f"{_SIDE}/"): tensor.numpy().tobytes() for key, tensor in tensors.pop(_SIDE).items()}
+    shared = json.loads(texts[STATE])
     return Stored(
         manifest=manifest,
-        snapshot=Snapshot(tensors=tensors, tree=shared["tree"], files=_side_files(wanted, contents)),
+        snapshot=Snapshot(
+            tensors=tensors, tree=shared["tree"], files=side,
+            parts={key: _full_shape(pieces[key][0][1]) for key in cut},
+        ),
         progress=shared["progress"],
-        rank=unpack(json.loads(contents.texts[mine])["content"], from_inline),
+        rank=unpack(json.loads(texts[mine])["content"], from_inline),
         why=() if is_same_world else _lost(manifest),
-    )
+    )  # fmt: skip
 
 
 def read_slices(
@@ -123,24 +133,11 @@ def read_slices(
     that is not in the checkpoint, CheckpointCorrupt as `read` does.
     """
     check_sizes(storage, manifest)
-    pieces = _pieces(manifest.files)
-    results = {}
-    overlapping: dict[str, set[str]] = {}
-    boxes = {}
-    for name, slices in wanted.items():
-        boxes[name] = box = _box(slices, _full_shape(pieces[name][0][1]))
-        for file, entry in pieces[name]:
-            if _overlap(box, _box_of(entry)) is not None:
-                overlapping.setdefault(file.path, set()).add(entry.name)
-    files = [file for file in manifest.files if file.path in overlapping]
-    parts = [part for file in files for part in _parts_with(storage, file, overlapping[file.path])]
-    found: dict[tuple[str, str], torch.Tensor] = {}
-    for part, tensors in zip(parts, _all(lambda part: _read_part(storage, part), parts, threads), strict=True):
-        found |= {(part.file.path, name): tensor for name, tensor in tensors.items()}
-    for name, box in boxes.items():
-        entries = [(entry, found.get((file.path, entry.name))) for file, entry in pieces[name]]
-        results[name] = _assembled(storage, name, box, entries)
-    return results
+    known = _pieces(manifest.files)
+    pieces = {key: known[key] for key in wanted}
+    boxes = {key: _box(slices, _full_shape(pieces[key][0][1])) for key, slices in wanted.items()}
+    files = {file.path: file for each in pieces.values() for file, _ in each}
+    return _read_tensors(storage, list(files.values()), pieces, boxes, threads)
 
 
 def check_sizes(storage: Storage, manifest: Manifest) -> None:
@@ -190,34 +187,82 @@ def _damages(storage: Storage, part: tensorfile.Part) -> list[Damage]:
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def _read_files(storage: Storage, files: Sequence[FileEntry], threads: int) -> _Contents:
-    contents = _Contents()
-    parts = [part for file in files if file.tensors for part in _parts_of(storage, file)]
-    for file in files:
-        if file.tensors:
-            contents.tensors[file.path] = {}
-        else:
-            contents.texts[file.path] = _read_text(storage, file)
-    for part, tensors in zip(parts, _all(lambda part: _read_part(storage, part), parts, threads), strict=True):
-        contents.tensors[part.file.path].update(tensors)
-    return contents
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What one saved tensor, or piece of one, gives to a tensor that is to be read."""
+
+    into: tensorfile.Into
+    temporary: torch.Tensor | None = None
+    """Memory for the whole piece, if its share does not lie together in the result."""
+    copy: Callable[[torch.Tensor], object] | None = None
 
 
-def _parts_of(storage: Storage, file: FileEntry) -> list[tensorfile.Part]:
+def _read_tensors(
+    storage: Storage, files: Sequence[FileEntry], pieces: _Pieces, boxes: Mapping[str, Box], threads: int
+) -> dict[str, torch.Tensor]:
+    """The tensors in `pieces`, of those in `boxes` that part. Each is read straight to where it shall be."""
+    results: dict[str, torch.Tensor] = {}
+    shares: dict[tuple[str, str], Callable[[], _Share]] = {}
+    needed: dict[str, set[str]] = {file.path: set() for file in files}
+    for key, each in pieces.items():
+        for file, entry in each:
+            tensorfile.check_type(entry, file, storage.uri())
+        first = each[0][1]
+        box = boxes.get(key, _box((), _full_shape(first)))
+        overlaps = [(file, entry, _overlap(box, _box_of(entry))) for file, entry in each]
+        filled = sum(_volume(inner) for *_, inner in overlaps if inner is not None)
+        if filled != _volume(box):  # pieces of one tensor never overlap each other: the plan divides it
+            raise CheckpointCorrupt(storage.uri(), key, f"{_volume(box)} elements", f"{filled}")
+        results[key] = tensorfile.empty([end - begin for begin, end in box], first.dtype)
+        for file, entry, inner in overlaps:
+            if inner is not None:
+                shares[file.path, entry.name] = partial(_share, results[key], box, entry, inner)
+                needed[file.path].add(entry.name)
+            elif key not in boxes:  # empty, and to be verified like all the rest
+                needed[file.path].add(entry.name)
+    parts = [part for file in files for part in _parts_of(storage, file, needed[file.path])]
+    for _ in _all(lambda part: _read_part(storage, part, shares), parts, threads):
+        pass
+    return results
+
+
+def _share(result: torch.Tensor, box: Box, entry: TensorEntry, inner: Box) -> _Share:
+    piece = _box_of(entry)
+    if inner[1:] == piece[1:] == box[1:]:  # whole rows: they follow each other here and there
+        row_bytes = _volume(inner[1:]) * result.element_size()
+        here, there = (0, 0) if not inner else (inner[0][0] - box[0][0], inner[0][0] - piece[0][0])
+        length = _volume(inner) * result.element_size()
+        at = here * row_bytes
+        return _Share(into=tensorfile.Into(tensorfile.data(result)[at : at + length], there * row_bytes))
+    temporary = tensorfile.empty(entry.shape, entry.dtype)
+
+    def copy(verified: torch.Tensor) -> None:
+        result[_within(inner, box)] = verified[_within(inner, piece)]
+
+    return _Share(into=tensorfile.Into(tensorfile.data(temporary)), temporary=temporary, copy=copy)
+
+
+def _parts_of(storage: Storage, file: FileEntry, names: Collection[str] | None = None) -> list[tensorfile.Part]:
     """What is read in one go: of an object store whole files, as its streams know no other beginning."""
-    return tensorfile.parts(file, _PART_BYTES if storage.is_local else 0)
-
-
-def _parts_with(storage: Storage, file: FileEntry, names: set[str]) -> list[tensorfile.Part]:
-    """As few bytes of the file as hold the named tensors."""
     if not storage.is_local:
         return tensorfile.parts(file)
-    each = tensorfile.parts(file, 1)
-    return [part for part in each if part.is_first or any(tensor.name in names for tensor in part.tensors)]
+    is_whole = names is None or len(names) == len(file.tensors)
+    return tensorfile.parts(file, _PART_BYTES, None if is_whole else names)
 
 
-def _read_part(storage: Storage, part: tensorfile.Part) -> dict[str, torch.Tensor]:
-    return _opened(storage, part.file, lambda source: tensorfile.read_part(source, part, storage.uri()))
+def _read_part(storage: Storage, part: tensorfile.Part, shares: Mapping[tuple[str, str], Callable[[], _Share]]) -> None:
+    taken: list[_Share] = []
+
+    def into(entry: TensorEntry) -> tensorfile.Into | None:
+        if (share := shares.get((part.file.path, entry.name))) is None:
+            return None
+        taken.append(share())
+        return taken[-1].into
+
+    _opened(storage, part.file, lambda source: tensorfile.read_part(source, part, storage.uri(), into))
+    for share in taken:
+        if share.copy is not None and share.temporary is not None:
+            share.copy(share.temporary)
 
 
 def _read_text(storage: Storage, file: FileEntry) -> bytes:
@@ -265,82 +310,37 @@ def _all(
 # -- what is in them -----------------------------------------------------------------------------------------
 
 
-def _side_files(files: Sequence[FileEntry], contents: _Contents) -> dict[str, bytes]:
-    return {
-        file.path.removeprefix(f"{_SIDE}/"): b"".join(
-            tensor.numpy().tobytes() for tensor in contents.tensors[file.path].values()
-        )
-        for file in files
-        if file.path.startswith(f"{_SIDE}/")
-    }
-
-
 def _lost(manifest: Manifest) -> tuple[str, ...]:
     if any(file.path.startswith(f"{_OWN}/") for file in manifest.files):
         return ("each worker had buffers of its own, and all go on with the first one's",)
     return ()
 
 
-def _put_together(storage: Storage, files: Sequence[FileEntry], group: str, contents: _Contents) -> dict[str, Any]:
-    """A group's tensors, whole; those of all ranks' files in one."""
-    whole: dict[str, torch.Tensor] = {}
-    split: dict[str, list[tuple[TensorEntry, torch.Tensor | None]]] = {}
-    for file in files:
-        if not file.path.startswith(f"{group}/"):
-            continue
-        for entry in file.tensors:
-            tensor = contents.tensors[file.path][entry.name]
-            if entry.full_shape is None:
-                whole[entry.name] = tensor
-            else:
-                split.setdefault(entry.name, []).append((entry, tensor))
-    for name, pieces in split.items():
-        whole[name] = _assembled(storage, f"{group}/{name}", _box((), _full_shape(pieces[0][0])), pieces)
-    return whole
-
-
 # -- boxes: where a piece lies in the whole tensor, as (begin, end) per dimension -------------------------------
 
-_Box = tuple[tuple[int, int], ...]
+Box = tuple[tuple[int, int], ...]
+_Pieces = Mapping[str, Sequence[tuple[FileEntry, TensorEntry]]]
 
 
 def _pieces(files: Sequence[FileEntry]) -> dict[str, list[tuple[FileEntry, TensorEntry]]]:
-    """group/name -> all that was saved of it."""
+    """folder/name -> all that was saved of it."""
     found: dict[str, list[tuple[FileEntry, TensorEntry]]] = {}
     for file in files:
-        group = file.path.split("/")[0]
-        for entry in file.tensors if group in GROUPS else ():
-            found.setdefault(f"{group}/{entry.name}", []).append((file, entry))
+        for entry in file.tensors:
+            found.setdefault(f"{file.path.split('/')[0]}/{entry.name}", []).append((file, entry))
     return found
 
 
-def _assembled(
-    storage: Storage, name: str, box: _Box, pieces: Sequence[tuple[TensorEntry, torch.Tensor | None]]
-) -> torch.Tensor:
-    """What lies in `box`, from the pieces that overlap it. A piece is None if it was not read."""
-    first = pieces[0][0]
-    shape = [end - begin for begin, end in box]
-    if len(pieces) == 1 and pieces[0][1] is not None and box == _box_of(first):
-        return pieces[0][1]
-    result = torch.empty(shape, dtype=tensorfile.TYPES[first.dtype])
-    filled = 0
-    for entry, tensor in pieces:
-        inner = _overlap(box, _box_of(entry))
-        if inner is None or tensor is None:
-            continue
-        result[_within(inner, box)] = tensor[_within(inner, _box_of(entry))]
-        filled += _volume(inner)
-    if filled != _volume(box):  # pieces of one tensor never overlap each other: the plan divides it
-        raise CheckpointCorrupt(storage.uri(), name, f"{_volume(box)} elements", f"{filled}")
-    return result
+def _group(key: str) -> str:
+    return key.partition("/")[0]
 
 
-def _box(slices: Sequence[slice], shape: Sequence[int]) -> _Box:
+def _box(slices: Sequence[slice], shape: Sequence[int]) -> Box:
     missing = [slice(None)] * (len(shape) - len(slices))
     return tuple(part.indices(size)[:2] for part, size in zip([*slices, *missing], shape, strict=True))
 
 
-def _box_of(entry: TensorEntry) -> _Box:
+def _box_of(entry: TensorEntry) -> Box:
     offsets = entry.offsets or (0,) * len(entry.shape)
     return tuple((offset, offset + size) for offset, size in zip(offsets, entry.shape, strict=True))
 
@@ -349,17 +349,17 @@ def _full_shape(entry: TensorEntry) -> tuple[int, ...]:
     return entry.shape if entry.full_shape is None else entry.full_shape
 
 
-def _overlap(one: _Box, other: _Box) -> _Box | None:
+def _overlap(one: Box, other: Box) -> Box | None:
     """None if they share no element; two scalars share theirs."""
     both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return both if all(begin < end for begin, end in both) else None
 
 
-def _within(inner: _Box, outer: _Box) -> tuple[slice, ...]:
+def _within(inner: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(begin - origin, end - origin) for (begin, end), (origin, _) in zip(inner, outer, strict=True))
 
 
-def _volume(box: _Box) -> int:
+def _volume(box: Box) -> int:
     count = 1
     for begin, end in box:
         count *= max(0, end - begin)

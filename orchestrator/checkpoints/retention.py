@@ -60,23 +60,38 @@ def doomed(checkpoints: Sequence[Found], rules: KeepRules, *, now: float, attemp
     return sorted(gone, key=lambda manifest: age_key(manifest.name))
 
 
-def over_quota(runs: Mapping[str, Sequence[Found]], quota_bytes: int) -> list[tuple[str, Manifest]]:
-    """What runs that share a quota must give up, as (run, checkpoint), oldest first by the time it was made.
+def over_quota(
+    runs: Mapping[str, Sequence[Found]],
+    quota_bytes: int,
+    *,
+    rules: KeepRules | None = None,
+    may_go: Callable[[str, Manifest], bool] | None = None,
+) -> list[tuple[str, Manifest]]:
+    """What runs that share a quota must give up, as (run, checkpoint), oldest first by the time it was made; with
+    `rules` the best ones of each run go last.
 
-    Each run keeps its newest checkpoint and its newest one that training can continue from; what is held stays too. So
-    the rest may still be larger than the quota. 0 is no quota.
+    Each run keeps its newest checkpoint and its newest one that training can continue from; what is held stays too, and
+    what `may_go` says no to. So the rest may still be larger than the quota. 0 is no quota.
     """
     if not quota_bytes:
         return []
-    run_of = {id(found.manifest): run for run, each in runs.items() for found in each}
-    movable = [
-        found.manifest
-        for each in runs.values()
-        for found in each
-        if not found.holds and found.manifest.name not in _needed(each)
-    ]
-    movable.sort(key=lambda manifest: (manifest.created, run_of[id(manifest)], age_key(manifest.name)))
     present = [found.manifest for each in runs.values() for found in each]
+    if sum(manifest.size_bytes for manifest in present) <= quota_bytes:
+        return []
+    run_of = {id(found.manifest): run for run, each in runs.items() for found in each}
+    movable: list[Manifest] = []
+    best: set[int] = set()
+    for run, each in runs.items():
+        needed = _needed(each)
+        movable += [
+            found.manifest
+            for found in each
+            if not found.holds and found.manifest.name not in needed and (may_go is None or may_go(run, found.manifest))
+        ]
+        newest_first = [found.manifest for found in reversed(_by_age(each))]
+        for rule in rules.best if rules else ():
+            best |= {id(manifest) for manifest in ranked(newest_first, rule)[: rule.count]}
+    movable.sort(key=lambda m: (id(m) in best, m.created, run_of[id(m)], age_key(m.name)))
     return [(run_of[id(manifest)], manifest) for manifest in _excess(present, movable, quota_bytes)]
 
 

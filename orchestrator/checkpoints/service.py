@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class WriterService:
     # -- running -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until `stop`. Work that is begun by then is ended."""
+        """Until `stop`, or until the slab root is removed. Work that is begun by then is ended."""
         others = [threading.Thread(target=self._loop, name=f"writer-{n}") for n in range(1, self._threads)]
         for thread in others:
             thread.start()
@@ -123,6 +123,10 @@ class WriterService:
                 if self.step(self._clock.monotonic()):
                     continue
             except Exception as error:
+                if not self._root.exists():
+                    logger.info("%s was removed: nobody seals anything there any more", self._root)
+                    self._stopped.set()
+                    return
                 self._fault("looking after the slots failed", error)
             self._wait()
 
@@ -348,18 +352,28 @@ class WriterService:
         """Why a rank of this machine will never write its part; '' if nothing speaks for that."""
         with self._lock:
             slabs = [known.slab for known in self._known.values()]
+        is_there: dict[int, bool] = {}
+        """By rank: one that needed more memory has left a slab behind, and is not dead for that."""
         for slab in slabs:
             with contextlib.suppress(SlabDamaged, ValueError):
                 owner = slab.owner
                 if (owner.run, owner.attempt) != (job.run, job.attempt) or owner.rank == job.rank:
                     continue
-                mine = [slot for slot in slab.slots if slot.save == job.save and slot.state is not State.filling]
-                for slot in mine:
+                is_there[owner.rank] = is_there.get(owner.rank, False) or slab.has_filler()
+                for slot in slab.slots:
+                    if slot.save != job.save:
+                        continue
                     outcome = slot.result(slot.generation)
-                    if outcome is not None and outcome.save == job.save and outcome.result is SlotResult.failed:
-                        return f"rank {owner.rank} could not write its files: {outcome.why}"
-                if not mine and not slab.has_filler() and _receipt(inside, job.save, owner.rank) is None:
-                    return f"rank {owner.rank} died before its part was in memory"
+                    if outcome is not None and outcome.save == job.save:
+                        if outcome.result is SlotResult.failed:
+                            return f"rank {owner.rank} could not write its files: {outcome.why}"
+                        is_there[owner.rank] = True
+                    # The token alone says nothing: it is written before the seal, and stays if that never comes.
+                    elif slot.state >= State.sealed:
+                        is_there[owner.rank] = True
+        for rank in sorted(rank for rank, is_so in is_there.items() if not is_so):
+            if _receipt(inside, job.save, rank) is None:
+                return f"rank {rank} died before its part was in memory"
         return ""
 
     def _give_up(self, held: _Held, job: SaveJob, result: SlotResult, why: str) -> None:
@@ -382,25 +396,28 @@ class WriterService:
         if tidied.why:
             logger.warning("after the commit of %s: %s", manifest.id, tidied.why, extra={"run": job.run})
         if job.spool_directory and not held.slab.has_filler():
-            self._tell(job, storage, manifest, tidied.deleted)
+            self._tell(job, storage, manifest, tidied)
         outcome = self._outcome_of(
             job, SlotResult.committed, tidied.why, manifest_sha256=manifest.digest, size_bytes=manifest.size_bytes,
-            duration=manifest.duration, deleted=tuple(each.name for each in tidied.deleted),
+            duration=manifest.duration, deleted=tuple(each.name for each in tidied.deleted), for_quota=tidied.for_quota,
         )  # fmt: skip
         logger.info("checkpoint committed", extra={"run": job.run, "step": manifest.step})
         self._end(held, outcome)
 
-    def _tell(self, job: SaveJob, storage: Storage, manifest: Manifest, gone: Sequence[Manifest]) -> None:
+    def _tell(self, job: SaveJob, storage: Storage, manifest: Manifest, tidied: Tidied) -> None:
         """In the trainer's place, which is gone. Opened and closed at once: an open spool would keep the run alive."""
         from orchestrator.tracking.logger import Logger  # a writer that never does this needs none of it
 
         infos = [CheckpointInfo.of(manifest, storage.uri(manifest.name))]
-        infos += [CheckpointInfo.of(each, storage.uri(each.name), CheckpointState.deleted) for each in gone]
+        infos += [CheckpointInfo.of(each, storage.uri(each.name), CheckpointState.deleted) for each in tidied.deleted]
         try:
             record = Logger(Path(job.spool_directory), run=job.run, attempt=job.attempt, rank=0)
             try:
                 for info in infos:
                     record.fact(Fact(kind=FactKind.checkpoint, at=self._clock.now(), data=info.to_json()))
+                if tidied.for_quota:
+                    told = {"kind": "checkpoint-quota", "message": tidied.for_quota, "level": "warning"}
+                    record.fact(Fact(kind=FactKind.event, at=self._clock.now(), data=told))
             finally:
                 record.close()
         except Exception as error:  # the next restore tells it

@@ -204,8 +204,6 @@ def populate(slab: SlabFile) -> None:
 
     Of an open slab: to open the file once more would cost this process its locks.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        slab.mapping.madvise(mmap.MADV_HUGEPAGE)
     if not touch(slab.mapping):
         slab.allocate()
 
@@ -244,6 +242,8 @@ def _is_locked(fd: int, byte: int, count: int = 1) -> bool:
 def touch(mapped: mmap.mmap) -> bool:
     """Gives this process the pages of a mapping, so that no store into it has to ask for one. False where the kernel
     cannot (before Linux 5.14). Raises OSError(ENOSPC) when there is no memory."""
+    with contextlib.suppress(OSError, AttributeError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)  # each map by itself, where shared memory may have large pages at all
     for start in range(0, len(mapped), _STEP):
         try:
             mapped.madvise(_POPULATE_WRITE, start, min(_STEP, len(mapped) - start))
@@ -286,6 +286,9 @@ class _Open:
         except BaseException:
             os.close(self.fd)
             raise
+        self.begin()
+
+    def begin(self) -> None:
         self.view = memoryview(self.map)
         self.words = self.view[: len(self.view) & ~7].cast("Q")
         self.pid = os.getpid()
@@ -293,16 +296,23 @@ class _Open:
         self.is_filler = False
         self.claims: set[int] = set()
 
-    def close(self) -> None:
-        os.close(self.fd)  # with it go the locks
-        self.fd = -1
-        with contextlib.suppress(BufferError):  # who still looks into it keeps the memory
+    def close(self) -> bool:
+        """Gives the locks back. False if somebody still looks into the memory: then it stays open."""
+        fcntl.lockf(self.fd, fcntl.LOCK_UN)
+        try:
             self.words.release()
             self.view.release()
             self.map.close()
+        except BufferError:
+            return False
+        os.close(self.fd)
+        self.fd = -1
+        return True
 
 
 _opened: dict[str, _Open] = {}
+_lingering: dict[str, _Open] = {}
+"""Closed, but looked into. Whenever such a map went by itself, it would take the locks of a later opening with it."""
 _lock = threading.Lock()
 
 
@@ -311,9 +321,15 @@ def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.Lock()
     _opened.clear()
+    _lingering.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _close_lingering(except_for: str) -> None:
+    for key in [key for key, held in _lingering.items() if key != except_for and held.close()]:
+        del _lingering[key]
 
 
 class SlabFile:
@@ -331,7 +347,11 @@ class SlabFile:
                 found.users += 1
                 self._open = found
             else:
-                self._open = _opened[key] = _Open(Path(key))
+                _close_lingering(except_for=key)
+                again = _lingering.pop(key, None)
+                if again is not None:
+                    again.begin()
+                self._open = _opened[key] = again or _Open(Path(key))
         self._key = key
         self._is_closed = False
         try:
@@ -482,7 +502,8 @@ class SlabFile:
                 return
             if _opened.get(self._key) is self._open:
                 del _opened[self._key]
-            self._open.close()
+            if not self._open.close():
+                _lingering[self._key] = self._open
 
 
 class Slot:

@@ -18,6 +18,7 @@ from orchestrator.checkpoints import writer
 from orchestrator.checkpoints.commit import write_failure
 from orchestrator.checkpoints.image import Image
 from orchestrator.checkpoints.job import Layout, Outcome, SaveJob, SlotResult
+from orchestrator.checkpoints.state import TrainState
 from orchestrator.checkpoints.tree import raw
 
 
@@ -29,7 +30,8 @@ class Reservation(Protocol):
 
     def fill(self, tensors: Sequence[torch.Tensor], *, late: Sequence[bool] | None = None) -> float:
         """Takes the tensors, in the order of the layout's pieces over all images; gives the seconds it took. `late`:
-        which of them may be copied after the return."""
+        which of them nothing but an optimizer's step changes: those may still be read after the seal, until
+        `Stager.settle` or the next step of an optimizer of the attached state."""
         ...
 
     def seal(self, job: SaveJob) -> None:
@@ -43,6 +45,10 @@ class Reservation(Protocol):
 
 class Stager(Protocol):
     """One per rank and training. Not for several threads."""
+
+    def attach(self, state: TrainState) -> None:
+        """What will be saved from now on: an optimizer of it does not step while its tensors are being copied."""
+        ...
 
     def expect(self, layout: Layout, heads: Sequence[bytes]) -> None:
         """A hint that saves of about this layout will come: asks for room and returns at once."""
@@ -60,6 +66,14 @@ class Stager(Protocol):
         """The outcome of one sealed save, once. Raises TimeoutError."""
         ...
 
+    def settle(self) -> None:
+        """Waits until no tensor is being copied: called before they are changed by anything but an optimizer's step."""
+        ...
+
+    def stalled(self) -> float:
+        """Seconds that steps of optimizers have waited for copies since the last call."""
+        ...
+
     def close(self) -> None:
         """No further saves; what is sealed goes on."""
         ...
@@ -67,11 +81,15 @@ class Stager(Protocol):
 
 class DirectStager:
     """Writes at the seal, from the tensors themselves. Needs no other process, and no memory but one window for what
-    lies on a GPU."""
+    lies on a GPU or not in one piece."""
 
     def __init__(self, storage: Storage | None = None, *, window_bytes: int = 64 << 20) -> None:
-        """`storage`: the root of the checkpoints, if it is not to be opened by the URL of each save."""
+        """`storage`: the root of the checkpoints, if it is not to be opened by the URL of each save. `window_bytes`:
+        how much of a tensor is copied at a time where it cannot be written from where it lies."""
         self._storage, self._window_bytes = storage, window_bytes
+
+    def attach(self, state: TrainState) -> None:
+        return
 
     def expect(self, layout: Layout, heads: Sequence[bytes]) -> None:
         return
@@ -85,6 +103,12 @@ class DirectStager:
     def wait(self, save: str, timeout: float) -> Outcome:
         """What a seal did is known when it returns: this is asked only after one that did not raise."""
         return Outcome(save=save, name="", result=SlotResult.durable)
+
+    def settle(self) -> None:
+        return
+
+    def stalled(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         return
@@ -136,12 +160,21 @@ class _TensorImage:
         for piece, tensor in zip(self._image.pieces, self._tensors, strict=True):
             if tensor.nbytes != piece.size_bytes:
                 raise ValueError(f"{piece.name} has {tensor.nbytes} bytes, its layout says {piece.size_bytes}")
-            yield from self._parts(tensor)
+            yield from _parts(tensor.detach(), self._window_bytes)
 
-    def _parts(self, tensor: torch.Tensor) -> Iterator[memoryview]:
-        if not tensor.nbytes:
-            return
-        flat = tensor.detach().reshape(-1)  # a copy only if it is in pieces
-        step = max(self._window_bytes // flat.element_size(), 1)
+
+def _parts(tensor: torch.Tensor, window_bytes: int) -> Iterator[memoryview]:
+    """Its bytes, in order. What is copied on the way is copied a window at a time."""
+    if not tensor.nbytes:
+        return
+    if tensor.is_contiguous():
+        flat = tensor.reshape(-1)
+        step = max(window_bytes // flat.element_size(), 1)
         for start in range(0, flat.numel(), step):
             yield raw(flat[start : start + step])
+    elif tensor.nbytes <= window_bytes:
+        yield raw(tensor)
+    else:
+        rows = window_bytes // (tensor.nbytes // len(tensor))
+        for part in tensor.split(rows) if rows else tensor:
+            yield from _parts(part, window_bytes)

@@ -7,7 +7,7 @@ processor's cache: verifying costs no second pass over the memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -57,47 +57,58 @@ class Difference:
     found: str
 
 
-def parts(file: FileEntry, at_least_bytes: int = 0) -> list[Part]:
-    """The file in parts of that many bytes of tensors or a little more; 0 gives the whole file as one."""
-    groups: list[list[TensorEntry]] = [[]]
-    room = at_least_bytes
+@dataclass(frozen=True, slots=True)
+class Into:
+    """Where the bytes of a tensor from number `begin` on go; those before and behind are hashed and dropped."""
+
+    view: memoryview
+    begin: int = 0
+
+
+def parts(file: FileEntry, at_least_bytes: int = 0, names: Collection[str] | None = None) -> list[Part]:
+    """The file in parts of that many bytes of tensors or a little more; 0 gives the whole file as one. With `names`
+    only the file's head and what is named: such a file is read in places."""
+    groups: list[tuple[int, list[TensorEntry]]] = [(file.head_bytes, [])]
+    room, at, is_gap = at_least_bytes, file.head_bytes, False
     for tensor in file.tensors:
-        if at_least_bytes and room <= 0:
-            groups.append([])
-            room = at_least_bytes
-        groups[-1].append(tensor)
-        room -= tensor.size_bytes
-    made, start = [], file.head_bytes
-    for i, group in enumerate(groups):
-        part = Part(file=file, start=start, tensors=tuple(group), is_first=i == 0, is_last=i == len(groups) - 1)
-        made.append(part)
-        start += sum(tensor.size_bytes for tensor in group)
-    return made
+        if names is not None and tensor.name not in names:
+            is_gap = True
+        else:
+            if is_gap or (at_least_bytes and room <= 0):
+                groups.append((at, []))
+                room, is_gap = at_least_bytes, False
+            groups[-1][1].append(tensor)
+            room -= tensor.size_bytes
+        at += tensor.size_bytes
+    return [
+        Part(file=file, start=start, tensors=tuple(group), is_first=i == 0, is_last=i == len(groups) - 1 and not is_gap)
+        for i, (start, group) in enumerate(groups)
+    ]
 
 
-def read_part(source: BinaryIO, part: Part, uri: str) -> dict[str, torch.Tensor]:
-    """The tensors of a part, in memory of their own. `source` must be seekable for a part that is not the first.
+def read_part(source: BinaryIO, part: Part, uri: str, into: Callable[[TensorEntry], Into | None]) -> None:
+    """Reads the tensors of a part to where `into` says (None: nowhere, but verified). `source` must be seekable for a
+    part that is not the first.
 
-    Raises CheckpointCorrupt at the first difference; then nothing of the part is given out.
+    Raises CheckpointCorrupt at the first difference; then nothing of the part may be used.
     """
-    file = part.file
-    for tensor in part.tensors:  # before anything is allocated for it
-        _check_type(tensor, file, uri)
-    tensors = {tensor.name: torch.empty(tensor.shape, dtype=TYPES[tensor.dtype]) for tensor in part.tensors}
-    places = {name: _data(tensor) for name, tensor in tensors.items()}
-    for difference in _compared(source, part, lambda tensor: places[tensor.name]):
-        where = f"{file.path}:{difference.tensor}" if difference.tensor else file.path
+    for difference in _compared(source, part, into):
+        where = f"{part.file.path}:{difference.tensor}" if difference.tensor else part.file.path
         raise CheckpointCorrupt(uri, where, difference.expected, difference.found)
-    return tensors
 
 
 def differences(source: BinaryIO, part: Part) -> list[Difference]:
     """All that is wrong in a part; it takes 1 MiB of memory. `source` as for `read_part`."""
-    return list(_compared(source, part, None))
+    return list(_compared(source, part, lambda tensor: None))
 
 
-def _compared(source: BinaryIO, part: Part, place: Any) -> Iterator[Difference]:
-    """Reads a part into the places of its tensors (None: nowhere) and gives what differs, in the file's order."""
+def empty(shape: Sequence[int], dtype: str) -> torch.Tensor:
+    """Memory for a tensor of that type, as safetensors calls it."""
+    return torch.empty(tuple(shape), dtype=TYPES[dtype])
+
+
+def _compared(source: BinaryIO, part: Part, into: Callable[[TensorEntry], Into | None]) -> Iterator[Difference]:
+    """Gives what differs, in the file's order."""
     file = part.file
     scratch = memoryview(bytearray(_STEP))
     if part.is_first:
@@ -107,29 +118,36 @@ def _compared(source: BinaryIO, part: Part, place: Any) -> Iterator[Difference]:
     else:
         source.seek(part.start)
     for tensor in part.tensors:
-        found = _hash_in(source, tensor.size_bytes, place(tensor) if place else None, scratch)
+        found = _hash_in(source, tensor.size_bytes, into(tensor), scratch)
         if found != tensor.xxh3:
             yield Difference(tensor=tensor.name, expected=tensor.xxh3, found=found)
     if part.is_last and source.read(1):
         yield Difference(tensor="", expected=f"{file.size_bytes} bytes", found="more")
 
 
-def _hash_in(source: BinaryIO, size: int, into: memoryview | None, scratch: memoryview) -> str:
-    """Hash of the next `size` bytes, which are then in `into`; of fewer, if the file ends before."""
+def _hash_in(source: BinaryIO, size: int, into: Into | None, scratch: memoryview) -> str:
+    """Hash of the next `size` bytes; of fewer, if the file ends before."""
     digest = xxhash.xxh3_128()
-    done = 0
-    while done < size:
-        step = min(_STEP, size - done)
-        place = into[done : done + step] if into is not None else scratch[:step]
-        count = source.readinto(place)  # type: ignore[attr-defined]
-        if not count:
-            break
-        digest.update(place[:count])
-        done += count
+    if into is None:
+        stretches: list[tuple[int, memoryview | None]] = [(size, None)]
+    else:
+        behind = size - into.begin - len(into.view)
+        stretches = [(into.begin, None), (len(into.view), into.view), (behind, None)]
+    for length, view in stretches:
+        done = 0
+        while done < length:
+            step = min(_STEP, length - done)
+            place = view[done : done + step] if view is not None else scratch[:step]
+            count = source.readinto(place)  # type: ignore[attr-defined]
+            if not count:
+                return digest.hexdigest()
+            digest.update(place[:count])
+            done += count
     return digest.hexdigest()
 
 
-def _check_type(tensor: TensorEntry, file: FileEntry, uri: str) -> None:
+def check_type(tensor: TensorEntry, file: FileEntry, uri: str) -> None:
+    """Raises CheckpointCorrupt for a type or a size that cannot be."""
     if tensor.dtype not in TYPES:
         raise CheckpointCorrupt(uri, file.path, "a known tensor type", tensor.dtype)
     size = math.prod(tensor.shape) * TYPES[tensor.dtype].itemsize
@@ -137,7 +155,7 @@ def _check_type(tensor: TensorEntry, file: FileEntry, uri: str) -> None:
         raise CheckpointCorrupt(uri, file.path, f"{tensor.size_bytes} bytes of {tensor.name}", f"{size}")
 
 
-def _data(tensor: torch.Tensor) -> memoryview:
+def data(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy."""
     data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(data)

@@ -18,7 +18,10 @@ import torch
 
 from orchestrator.errors import CheckpointError, UserError
 
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""Types of tensors that have all their values, in one place."""
+_SIMPLE = frozenset({bool, int, str, type(None)})
+"""What JSON has as it is."""
 
 Put = Callable[[str, torch.Tensor], Any]
 """Stores the tensor found at a path and gives the JSON that refers to it."""
@@ -44,14 +47,14 @@ class NotStorable(CheckpointError, UserError):
 def pack(value: Any, put: Put, path: str = "") -> Any:
     """`value` as JSON. Raises NotStorable naming the path."""
     kind = type(value)
-    if kind in _TENSORS:  # first: there are thousands of them, and a save must not take long
+    if kind in PLAIN:  # first: there are thousands of them, and a save must not take long
         return {"$tensor": put(path, _plain(value, path))}
-    if value is None or kind in (bool, int, str):
+    if kind in _SIMPLE:
         return value
     if isinstance(value, torch.Tensor):
         return {"$tensor": put(path, _plain(value, path))}
     if isinstance(value, np.ndarray):
-        return {"$ndarray": put(path, _from_numpy(value, path))}
+        return {"$ndarray": put(path, array_tensor(value, path))}
     if isinstance(value, np.generic):
         return pack(value.item(), put, path)
     if isinstance(value, int):
@@ -70,9 +73,11 @@ def pack(value: Any, put: Put, path: str = "") -> Any:
         return {"$counter": [[pack(k, put, path), n] for k, n in value.items()]}
     if isinstance(value, Mapping):
         return _pack_mapping(value, put, path)
-    if type(value) is tuple or isinstance(value, torch.Size):
+    if kind is tuple or isinstance(value, torch.Size):
         return {"$tuple": [pack(item, put, f"{path}.{i}") for i, item in enumerate(value)]}
-    if type(value) is list:
+    if kind is list:
+        if set(map(type, value)) <= _SIMPLE:  # the numbers of an optimizer's parameters: thousands
+            return list(value)
         return [pack(item, put, f"{path}.{i}") for i, item in enumerate(value)]
     raise NotStorable(path, f"{type(value).__module__}.{type(value).__qualname__}")
 
@@ -110,6 +115,8 @@ def unpack(raw: Any, get: Get) -> Any:
 
 def inline(path: str, tensor: torch.Tensor) -> Any:
     """A Put that keeps small tensors inside the JSON."""
+    if type(tensor) not in PLAIN:
+        raise NotStorable(path, type(tensor).__qualname__, "what is a rank's own must be plain tensors")
     data = _bytes_of(tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {"dtype": dtype, "shape": list(tensor.shape), "data": base64.b64encode(data).decode()}
@@ -149,16 +156,15 @@ def _pack_mapping(value: Mapping[Any, Any], put: Put, path: str) -> Any:
 
 def _plain(tensor: torch.Tensor, path: str) -> torch.Tensor:
     """The tensor itself, if a checkpoint can hold it: where it lies and how is the writer's to see to."""
-    if type(tensor) not in _TENSORS:
-        raise NotStorable(
-            path, type(tensor).__qualname__, "only plain tensors are supported, no sharded or wrapped ones"
-        )
+    if type(tensor) not in PLAIN and type(tensor).__name__ != "DTensor":  # to import that type takes half a second
+        raise NotStorable(path, type(tensor).__qualname__, "only plain tensors and DTensors are supported")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         raise NotStorable(path, "tensor", "it is sparse, quantized or has no data")
     return tensor
 
 
-def _from_numpy(array: np.ndarray, path: str) -> torch.Tensor:
+def array_tensor(array: np.ndarray, path: str) -> torch.Tensor:
+    """A tensor of the same values, in the same memory where that can be. Raises NotStorable."""
     try:
         # A copy where needed: torch knows neither negative strides nor read-only arrays nor foreign byte order.
         return torch.from_numpy(np.require(array, dtype=array.dtype.newbyteorder("="), requirements=["C", "W"]))

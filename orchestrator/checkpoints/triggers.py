@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from orchestrator.checkpoints.policy import CheckpointPolicy, Direction
 
+FULL = "full_every_epochs"
+"""The reason to save whole tensors, where ranks hold parts of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
@@ -20,6 +23,8 @@ class Moment:
     metrics: Mapping[str, float] = field(default_factory=dict)
     best: float | None = None
     """The best value of the policy's metric before this moment."""
+    optimizer_steps: int = 0
+    """Made in this process."""
 
 
 def reasons_to_save(policy: CheckpointPolicy, now: Moment, last: Moment) -> tuple[str, ...]:
@@ -29,6 +34,11 @@ def reasons_to_save(policy: CheckpointPolicy, now: Moment, last: Moment) -> tupl
         reasons.append("every_steps")
     if policy.every_epochs and now.epochs_done // policy.every_epochs > last.epochs_done // policy.every_epochs:
         reasons.append("every_epochs")
+    if (
+        policy.full_every_epochs
+        and now.epochs_done // policy.full_every_epochs > last.epochs_done // policy.full_every_epochs
+    ):
+        reasons.append(FULL)
     if policy.every_minutes and now.time - last.time >= policy.every_minutes * 60:
         reasons.append("every_minutes")
     if improved(policy, now):

@@ -7,7 +7,8 @@ database is asked.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,8 @@ from typing import TYPE_CHECKING
 from orchestrator.backends.storage import Storage
 from orchestrator.catalog import open_store
 from orchestrator.checkpoints import catalog, pointers
-from orchestrator.checkpoints.catalog import Found, Scan
+from orchestrator.checkpoints.catalog import DIRECTORY, Found, Scan
 from orchestrator.checkpoints.commit import QUARANTINE_NOTE
-from orchestrator.checkpoints.index import DIRECTORY
 from orchestrator.checkpoints.manifest import MANIFEST, UnknownFormat
 from orchestrator.cli import text
 from orchestrator.errors import UserError
@@ -85,10 +85,20 @@ class Place:
                 return each
         raise NoCheckpoint(self.title, name, self._hint(scan, name))
 
+    @contextmanager
+    def in_use(self, name: str) -> Iterator[None]:
+        """Nobody deletes it meanwhile, where we may say so. Raises NoCheckpoint if it has just been deleted."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(catalog.in_use(self.storage, name, now=time.time()))
+            except FileNotFoundError as error:
+                hint = "It was deleted just now: by its run, which keeps the last few, or by a user."
+                raise NoCheckpoint(self.title, name, hint) from error
+            yield
+
     def _best(self, newest_first: list[Found]) -> Found | None:
-        hinted = pointers.read(self.storage, BEST)
-        called = [each for each in newest_first if each.manifest.is_best]
-        return next((each for each in newest_first if each.manifest.name == hinted), called[0] if called else None)
+        best = pointers.best_first(self.storage, BEST, [each.manifest for each in newest_first])
+        return next((each for each in newest_first if best and each.manifest.name == best[0].name), None)
 
     def _hint(self, scan: Scan, name: str) -> str:
         uri = self.storage.uri()
@@ -159,8 +169,9 @@ def _directory(source: str, name: str) -> tuple[Place, str]:
     try:
         is_there = storage.exists()
         if storage.exists(MANIFEST) or storage.exists(QUARANTINE_NOTE):
-            parent, _, own = storage.url.rstrip("/").rpartition("/")
-            storage, name = Storage(parent or "/"), own
+            parent = storage.above(1)
+            if parent is not None:
+                storage, name = parent, storage.parts[-1]
         elif storage.exists(DIRECTORY):
             storage = storage.join(DIRECTORY)
     except OSError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.account import user_name
 from orchestrator.checkpoints import catalog, commit, pointers, retention
-from orchestrator.checkpoints.catalog import Found, Hold, Incomplete
+from orchestrator.checkpoints.catalog import Found, Hold, Incomplete, Scan
 from orchestrator.checkpoints.index import row_of
 from orchestrator.checkpoints.job import BestRule, KeepRules
 from orchestrator.checkpoints.manifest import CheckpointState, Manifest
@@ -24,7 +24,7 @@ from orchestrator.cli.patience import Patience
 from orchestrator.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
-    from orchestrator.store.views import RunDetail
+    from orchestrator.store.views import CheckpointRow, RunDetail
 
 NO_LIMIT = 1_000_000
 GRACE = 3600.0
@@ -61,8 +61,10 @@ def rm(arguments: argparse.Namespace, output: Output) -> int:
         if not (arguments.yes or _agreed(lines, output)):
             output.message("orc: nothing was removed")
             return 1
-        for place, found in doomed:
-            _remove(places, place, found.manifest)
+        with Patience(output, "removing") as patience:
+            for number, (place, found) in enumerate(doomed, start=1):
+                patience.say(f"removing {number:,} of {len(doomed):,}: {found.manifest.name}")
+                _remove(places, place, found.manifest, f"`orc checkpoint rm` by {user_name()}")
         for place in {place.reference: place for place, _ in doomed}.values():
             rules = from_config(place.run.config) if place.run else None
             if rules is not None:
@@ -95,15 +97,17 @@ def _refuse(places: Places, place: Place, found: Found, *, force: bool) -> None:
         raise Held(manifest.id, "it is pinned", f"`{unpin}` first, or --force.")
     if Hold.in_use in found.holds:
         raise Held(manifest.id, "somebody is reading it", "Wait until that ends, or --force.")
-    newest = place.scan().committed[0].name
-    if place.run is not None and not place.run.status.is_terminal and manifest.name == newest:
+    committed = place.scan().committed
+    resumable = [each for each in committed if each.resumable]  # what is newest may be weights alone
+    needed = {each.name for each in (*committed[:1], *resumable[:1])}
+    if place.run is not None and not place.run.status.is_terminal and manifest.name in needed:
         why = f"it is the newest of run {place.run.name}, which is {place.run.status} and would restart from it"
         raise Held(manifest.id, why, f"`orc cancel {place.run.run}` ends the run; --force removes it all the same.")
 
 
-def _remove(places: Places, place: Place, manifest: Manifest) -> None:
+def _remove(places: Places, place: Place, manifest: Manifest, why: str) -> None:
     try:
-        catalog.remove(place.storage, manifest.name)
+        catalog.remove(place.storage, manifest.name, manifest=manifest, why=why, now=time.time())
     except OSError as error:
         raise Unreachable(place.storage.uri(manifest.name), error.strerror or str(error)) from error
     if place.run is not None:
@@ -129,6 +133,8 @@ class Cleaning:
     """Whole but for the manifest, which whoever wrote them did not live to write."""
     sweep: list[Incomplete] = field(default_factory=list)
     """Left half written."""
+    gone: list[str] = field(default_factory=list)
+    """Ids that the database lists and that are not there: others deleted them, for the experiment's quota perhaps."""
     left: str = ""
     """Why nothing is done here, if so."""
 
@@ -153,7 +159,11 @@ def gc(arguments: argparse.Namespace, output: Output) -> int:
                 if arguments.run:
                     raise
                 work.append(Cleaning(place=places.of(run), found=[], left=str(error)))
-        _share_quota(work, arguments.quota_gb)
+        if arguments.quota_gb:
+            _share_quota(work, int(arguments.quota_gb * 1e9), "the quota")
+        elif not arguments.run:
+            for experiment, quota_bytes, of_it in _experiments(work):
+                _share_quota(of_it, quota_bytes, f"the quota of experiment {experiment}")
         if not is_dry:
             for number, each in enumerate(work, start=1):
                 patience.say(f"cleaning run {number:,} of {len(work):,}: {each.place.title}")
@@ -176,7 +186,9 @@ def _runs(places: Places, arguments: argparse.Namespace) -> list[RunDetail]:
 
 def _cleaning(places: Places, run: RunDetail, arguments: argparse.Namespace, now: float) -> Cleaning:
     place = places.of(run)
+    listed = places.store.checkpoints(run.run)  # before looking, so that what is committed meanwhile is not called gone
     scan = place.scan()
+    gone = _gone(place, scan, listed)
     registered = places.store.registered_checkpoints(run.run)
     found = [
         replace(each, holds=each.holds | {Hold.registered}) if each.manifest.id in registered else each
@@ -185,8 +197,10 @@ def _cleaning(places: Places, run: RunDetail, arguments: argparse.Namespace, now
     if not run.status.is_terminal:
         # What it has counts for a quota, and is its own writer's to delete.
         found = [replace(each, holds=each.holds | {Hold.in_use}) for each in found]
-        return Cleaning(place=place, found=found, left=f"it is {run.status} and keeps its directory in order itself")
-    work = Cleaning(place=place, found=found, rules=_rules(run, arguments))
+        return Cleaning(
+            place=place, found=found, gone=gone, left=f"it is {run.status} and keeps its directory in order itself"
+        )
+    work = Cleaning(place=place, found=found, gone=gone, rules=_rules(run, arguments))
     for each in scan.unfinished:
         if each.modified and now - each.modified >= GRACE:
             (work.finish if _is_whole(place, each) else work.sweep).append(each)
@@ -199,9 +213,21 @@ def _cleaning(places: Places, run: RunDetail, arguments: argparse.Namespace, now
         )  # fmt: skip
         kept = retention.kept(found, work.rules, now=now)
         work.delete = {
-            manifest.name: "the run's quota" if manifest.name in kept else "no rule keeps it" for manifest in doomed
+            manifest.name: "the quota" if manifest.name in kept else "no rule keeps it" for manifest in doomed
         }
     return work
+
+
+def _gone(place: Place, scan: Scan, listed: Sequence[CheckpointRow]) -> list[str]:
+    names = {manifest.name for manifest in scan.committed}
+    if not place.storage.exists():  # on another host, not mounted, or never made
+        return []
+    ours = [row for row in listed if row.state == CheckpointState.committed and catalog.is_name(_name(row))]
+    return [row.id for row in ours if _name(row) not in names and not place.storage.exists(_name(row))]
+
+
+def _name(row: CheckpointRow) -> str:
+    return row.id.rpartition("/")[2]
 
 
 def _rules(run: RunDetail, arguments: argparse.Namespace) -> KeepRules | None:
@@ -232,15 +258,29 @@ def _is_whole(place: Place, unfinished: Incomplete) -> bool:
     return 0 in done and len(done) == done[0].world_size
 
 
-def _share_quota(work: Sequence[Cleaning], quota_gb: float) -> None:
+def _experiments(work: Sequence[Cleaning]) -> Iterator[tuple[str, int, list[Cleaning]]]:
+    """Each with the quota that its newest run says, as the writers of its runs apply it."""
+    of: dict[str, list[Cleaning]] = {}
+    for each in work:
+        if each.place.run is not None:
+            of.setdefault(each.place.run.experiment, []).append(each)
+    for experiment, runs in of.items():
+        newest = max((each.place.run for each in runs if each.place.run), key=lambda run: (run.created, run.run))
+        rules = from_config(newest.config)
+        if rules is not None and rules.quota_bytes:
+            yield experiment, rules.quota_bytes, runs
+
+
+def _share_quota(work: Sequence[Cleaning], quota_bytes: int, why: str) -> None:
     """What all these runs have together shall not be more."""
     places = {each.place.reference: each for each in work}
     left = {
         reference: [found for found in each.found if found.manifest.name not in each.delete]
         for reference, each in places.items()
     }
-    for reference, manifest in retention.over_quota(left, int(quota_gb * 1e9)):
-        places[reference].delete[manifest.name] = "the quota"
+    rules = next((each.rules for each in work if each.rules is not None), None)
+    for reference, manifest in retention.over_quota(left, quota_bytes, rules=rules):
+        places[reference].delete[manifest.name] = why
 
 
 def _clean(places: Places, work: Cleaning, now: float) -> None:
@@ -259,8 +299,13 @@ def _clean(places: Places, work: Cleaning, now: float) -> None:
             row = row_of(Found(manifest=manifest), place.storage.uri(manifest.name))
             places.store.put_checkpoints(place.run.run, [row], user=user_name(), now=now)
         for manifest in work.manifests():
-            _remove(places, place, manifest)
+            _remove(places, place, manifest, f"{work.delete[manifest.name]} (`orc checkpoint gc`)")
+        if work.gone:
+            state = CheckpointState.deleted
+            places.store.mark_checkpoints(place.run.run, work.gone, state, user=user_name(), now=now)
         swept = catalog.sweep(place.storage, attempt=place.run.attempt + 1, now=now, grace=GRACE) if work.sweep else []
+        if place.run.status.is_terminal:
+            catalog.sweep_partial(place.storage, now=now, grace=GRACE)
     except OSError as error:
         raise Unreachable(place.storage.uri(), error.strerror or str(error)) from error
     work.sweep = [each for each in work.sweep if each.name in swept]
@@ -277,6 +322,7 @@ def _run_document(work: Cleaning) -> dict[str, Any]:
         ],
         "finish": [each.name for each in work.finish],
         "sweep": [each.name for each in work.sweep],
+        "gone": work.gone,
         "left": work.left,
     }  # fmt: skip
 
@@ -292,6 +338,8 @@ def _tell_cleaning(output: Output, work: Sequence[Cleaning], size_bytes: int, *,
             output.line(f"{would}finished: {each.place.reference}/{unfinished.name}: every rank had written its part")
         for unfinished in each.sweep:
             output.line(f"{would}removed: {each.place.reference}/{unfinished.name}: left half written by a crash")
+        for gone in each.gone:
+            output.line(f"{would}marked as deleted: {gone}: it is not there any more")
         if each.left:
             output.line(f"left alone: {each.place.title}: {each.left}")
     checkpoints = f"{count:,} checkpoint{'' if count == 1 else 's'}"

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.account import user_name
 from orchestrator.cli import text
 from orchestrator.cli.access import asked_catalog
-from orchestrator.cli.checkpoint_places import Place, Places, Unreachable, is_directory
+from orchestrator.cli.checkpoint_places import NoCheckpoint, Place, Places, Unreachable, is_directory
 from orchestrator.cli.keep_rules import from_config
 from orchestrator.cli.output import Output
 from orchestrator.cli.parser import UsageError
@@ -25,7 +25,7 @@ from orchestrator.errors import CheckpointCorrupt, ConfigError, UserError
 from orchestrator.stack import Stack
 
 if TYPE_CHECKING:
-    from orchestrator.checkpoints.catalog import Found
+    from orchestrator.checkpoints.catalog import Found, Hold
     from orchestrator.checkpoints.job import KeepRules
     from orchestrator.checkpoints.manifest import Manifest
     from orchestrator.store.views import CheckpointRow
@@ -40,7 +40,8 @@ ENDINGS = {"pt": ".pt", "safetensors": ".safetensors", "dcp": ""}
 def ls(arguments: argparse.Namespace, output: Output) -> int:
     """From the index, newest first; of a directory, from what lies there."""
     now = time.time()
-    rows = _rows_there(arguments, now) if is_directory(arguments.run) else _rows_listed(arguments, now)
+    with Patience(output, "looking"):
+        rows = _rows_there(arguments, now) if is_directory(arguments.run) else _rows_listed(arguments, now)
 
     def render() -> None:
         if not rows:
@@ -58,7 +59,9 @@ def _rows_listed(arguments: argparse.Namespace, now: float) -> list[dict[str, An
     with asked_catalog(arguments) as catalog:
         run = catalog.run(arguments.run)
         listed = list(reversed(catalog.checkpoints(run.run)))
-    kept = _kept([_found(row) for row in listed if row.state == COMMITTED], from_config(run.config), now)
+    committed = [row for row in listed if row.state == COMMITTED]
+    held = {} if arguments.api else _held(run.directory, committed, now)
+    kept = _kept([_found(row, held) for row in committed], from_config(run.config), now)
     return [
         {
             **text.jsonable(row), "name": _name(row), "kept_because": list(kept.get(_name(row), ())),
@@ -78,7 +81,7 @@ def _rows_there(arguments: argparse.Namespace, now: float) -> list[dict[str, Any
     for found in scan.found:
         name = found.manifest.name
         row = {"run": found.manifest.run, **row_of(found, place.storage.uri(name)), "name": name}
-        rows.append(text.jsonable(row | {"kept_because": [hold.value.lower() for hold in sorted(found.holds)]}))
+        rows.append(text.jsonable(row | {"kept_because": _words(found.holds)}))
     if arguments.all:
         rows += [_bare(place, name, "damaged", str(error)) for name, error in scan.corrupt]
         rows += [_bare(place, name, "unfinished", "") for name in scan.incomplete]
@@ -93,7 +96,28 @@ def _name(row: CheckpointRow) -> str:
     return row.id.rpartition("/")[2]
 
 
-def _found(row: CheckpointRow) -> Found:
+def _words(holds: Iterable[Hold]) -> list[str]:
+    """As `retention.kept` calls them."""
+    return sorted(hold.name.replace("_", " ") for hold in holds)
+
+
+def _held(directory: str, rows: Sequence[CheckpointRow], now: float) -> dict[str, frozenset[Hold]]:
+    """What the storage says that the index does not know: who reads one just now. Asked of local directories only: a
+    list must not wait for an object store."""
+    from orchestrator.backends.storage import Storage
+    from orchestrator.checkpoints import catalog
+
+    if not directory or "://" in directory:
+        return {}
+    root = Storage(directory).join(catalog.DIRECTORY)
+    held = {}
+    for row in rows:
+        with suppress(OSError, UserError):
+            held[_name(row)] = catalog.holds(root, _name(row), now=now)
+    return held
+
+
+def _found(row: CheckpointRow, held: Mapping[str, frozenset[Hold]]) -> Found:
     """As much of a checkpoint as the rules of retention look at."""
     from orchestrator.checkpoints.catalog import Found, Hold
     from orchestrator.checkpoints.manifest import Manifest
@@ -105,7 +129,9 @@ def _found(row: CheckpointRow) -> Found:
             duration=row.duration or 0.0, files=(), is_best=row.is_best, resumable=row.resumable,
             metrics=_numbers(row.metrics),
         ),
-        holds=frozenset({Hold.pinned} if row.is_pinned else ()),
+        holds=held.get(_name(row), frozenset())
+        | ({Hold.pinned} if row.is_pinned else set())
+        | ({Hold.registered} if row.is_registered else set()),
     )  # fmt: skip
 
 
@@ -119,11 +145,13 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _kept(checkpoints: Sequence[Found], rules: KeepRules | None, now: float) -> dict[str, tuple[str, ...]]:
-    """Nothing where the names are not ours, or the run's rules are not known."""
+    """Nothing where the names are not ours; no more than what holds them where the run's rules are not known."""
     from orchestrator.checkpoints import catalog, retention
 
     ours = [found for found in checkpoints if catalog.is_name(found.manifest.name)]
-    return {} if rules is None else retention.kept(ours, rules, now=now)
+    if rules is None:
+        return {found.manifest.name: tuple(_words(found.holds)) for found in ours}
+    return retention.kept(ours, rules, now=now)
 
 
 def _cells(row: dict[str, Any], now: float) -> tuple[str, ...]:
@@ -148,11 +176,11 @@ def _cells(row: dict[str, Any], now: float) -> tuple[str, ...]:
 
 def show(arguments: argparse.Namespace, output: Output) -> int:
     """From the checkpoint itself, not from the index."""
-    with Places(arguments.home) as places:
+    with Places(arguments.home) as places, Patience(output, "looking"):
         place, name = places.find(arguments.checkpoint)
         found = place.chosen(place.scan(), name)
     manifest, uri = found.manifest, place.storage.uri(found.manifest.name)
-    holds = sorted(hold.value.lower() for hold in found.holds)
+    holds = _words(found.holds)
     whole = json.loads(manifest.encode())
     document = {
         **whole, "id": manifest.id, "uri": uri, "size_bytes": manifest.size_bytes, "holds": holds,
@@ -204,7 +232,7 @@ def _facts(manifest: Manifest, uri: str, holds: Sequence[str]) -> list[tuple[str
 
 def verify(arguments: argparse.Namespace, output: Output) -> int:
     """Reads every byte and changes nothing. Exit code 1 on damage."""
-    with Places(arguments.home) as places:
+    with Places(arguments.home) as places, Patience(output, "looking"):
         place, name = places.find(arguments.checkpoint)
         if arguments.all and name:
             raise UsageError("give a RUN with --all, or RUN@NAME without it.")
@@ -212,7 +240,10 @@ def verify(arguments: argparse.Namespace, output: Output) -> int:
         corrupt = [(each, error) for each, error in scan.corrupt if arguments.all or each == name]
         wanted = list(scan.found) if arguments.all else [] if corrupt else [place.chosen(scan, name)]
     with Patience(output, "reading") as patience:
-        checked = [_checked(place, found.manifest, patience) for found in wanted]
+        checked = []
+        for found in wanted:
+            with suppress(NoCheckpoint) if arguments.all else nullcontext():  # a run that goes on deletes old ones
+                checked.append(_checked(place, found.manifest, patience))
     checked += [_unreadable(place, each, error) for each, error in corrupt]
     is_sound = not any(each["damages"] for each in checked)
 
@@ -244,7 +275,8 @@ def _checked(place: Place, manifest: Manifest, patience: Patience) -> dict[str, 
         patience.bytes(manifest.name, done_bytes, total_bytes)
 
     try:
-        damages = reader.verify(place.storage.join(manifest.name), manifest, progress=progress)
+        with place.in_use(manifest.name):
+            damages = reader.verify(place.storage.join(manifest.name), manifest, progress=progress)
     except OSError as error:
         raise Unreachable(place.storage.uri(manifest.name), error.strerror or str(error)) from error
     return {
@@ -270,7 +302,7 @@ def _unreadable(place: Place, name: str, error: CheckpointCorrupt) -> dict[str, 
 
 
 def export(arguments: argparse.Namespace, output: Output) -> int:
-    with Places(arguments.home) as places:
+    with Places(arguments.home) as places, Patience(output, "looking"):
         place, name = places.find(arguments.checkpoint)
         manifest = place.chosen(place.scan(), name).manifest
         title = place.run.name if place.run else "checkpoint"
@@ -297,7 +329,8 @@ def _write(place: Place, manifest: Manifest, form: str, target: Path) -> None:
 
     write = {"pt": exports.to_pt, "dcp": exports.to_dcp, "safetensors": exports.to_safetensors}[form]
     try:
-        write(place.storage.join(manifest.name), manifest, target)
+        with place.in_use(manifest.name):
+            write(place.storage.join(manifest.name), manifest, target)
     except CheckpointCorrupt as error:
         raise UserError(
             f"{error.file} in {error.uri} is damaged: {error.found}, the manifest says {error.expected}. Nothing was "

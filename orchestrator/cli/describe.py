@@ -239,6 +239,10 @@ def summary_cells(row: SummaryRow) -> tuple[str, ...]:
 def links(run: RunDetail, *, ray_dashboard: str) -> dict[str, str]:
     """Addresses that a person can open: the run's directory, its page in MLflow, its job in Ray's dashboard."""
     found = {"directory": run.directory}
+    if "://" in run.directory:
+        from orchestrator.config.redaction import redact_url  # a tenth of a second, which a local run need not pay
+
+        found["directory"] = redact_url(run.directory)
     mirrored = run.links.get("mlflow")
     if isinstance(mirrored, Mapping) and mirrored.get("url"):
         found["mlflow"] = str(mirrored["url"])

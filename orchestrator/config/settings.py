@@ -46,6 +46,17 @@ class Direction(StrEnum):
     max = "max"
 
 
+class CheckpointMode(StrEnum):
+    """How a checkpoint leaves the training's hands."""
+
+    eager = "eager"
+    """Copied into shared memory; another process writes it. Where there is no such memory: as `direct`."""
+    overlap = "overlap"
+    """The same, and the copy goes on while the next step computes, up to `optimizer.step`."""
+    direct = "direct"
+    """Written before training goes on."""
+
+
 class Resume(StrEnum):
     """What the same command does when it is given again."""
 
@@ -148,8 +159,12 @@ class CheckpointsConfig:
     """0: not by time."""
     on_stop: bool = True
     """Save before the run ends because it was asked to."""
+    on_exception: bool = True
+    """Save when the train function raises, if the state is whole then."""
     at_end: bool = True
     """Save when the train function returns, if there were steps since the last checkpoint."""
+    full_every_epochs: int = bounded(0, minimum=0)
+    """Of sharded (FSDP) state, save whole tensors every so many epochs; 0: never."""
     keep_last: int = bounded(3, minimum=0)
     """The newest that are kept; 0: all."""
     keep_best: int = bounded(1, minimum=0)
@@ -163,12 +178,17 @@ class CheckpointsConfig:
     """Keep the first at or after each multiple of so many steps; 0: none for that."""
     keep_hours: float = bounded(0.0, minimum=0)
     """Keep what is younger than so many hours."""
+    quota_gb: float = bounded(0.0, minimum=0)
+    """What all checkpoints of the experiment may take together, in 10^9 bytes; 0: no limit."""
     label: str = "v{epoch}.{step}"
     """What a checkpoint is called besides its name. Knows {epoch}, {step} and {attempt}."""
     max_gb: float = bounded(0.0, minimum=0)
     """Refuse to save more than so many 10^9 bytes; 0: no limit."""
     wait: float = bounded(600.0, minimum=0)
     """Seconds that a save which must not be skipped waits for room, and then until it is durable."""
+    mode: CheckpointMode = CheckpointMode.eager
+    window_mb: int = bounded(64, minimum=1)
+    """Memory, in MiB, through which a rank that writes by itself streams what lies on a GPU."""
 
     def __post_init__(self) -> None:
         try:
@@ -308,7 +328,8 @@ NOT_WORK = (
     *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume"),
     *("tracking.debug", "tracking.perf"),
     *("checkpoints.also_best", "checkpoints.keep_every_steps", "checkpoints.keep_hours", "checkpoints.label"),
-    *("checkpoints.max_gb", "checkpoints.wait"),
+    *("checkpoints.max_gb", "checkpoints.wait", "checkpoints.mode", "checkpoints.window_mb", "checkpoints.quota_gb"),
+    *("checkpoints.on_exception", "checkpoints.full_every_epochs"),
     *("storage", "database", "mlflow", "tensorboard", "ray", "redis", "provenance", "submit", "preset", "environment"),
 )
 """Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash."""

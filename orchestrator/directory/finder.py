@@ -70,7 +70,7 @@ def look(storage: Storage, place: tuple[str, str]) -> FoundRun:
         run=run,
         name=next((found.name for found in said if found.name), run),
         experiment=experiment,
-        directory=f"{storage.url.rstrip('/')}/{experiment}/{run}" if not storage.is_local else directory.uri(),
+        directory=directory.url,
         attempt=attempt,
         # The driver's word and the verdict of a tracker: whichever knows of an end is right.
         is_over=any(found.status.is_terminal for found in newest),

@@ -67,18 +67,28 @@ def decode(data: bytes) -> Record:
 def movable(record: Record) -> Record:
     """The record with places in the run's directory relative to it, so that it stays true wherever that is; no password
     of the storage's address is in it."""
-    root = record["run"]["directory"].rstrip("/")
-    if not root:
+    whole = record["run"]["directory"].rstrip("/")
+    if not whole:
         return record
+    root, _ = _parts(whole)
     roots = {f"{root}/", f"{without_password(root)}/"}
 
     def relative(row: Mapping[str, Any]) -> dict[str, Any]:
-        uri = row["uri"].removeprefix("file://") if root.startswith("/") else row["uri"]
+        uri = row["uri"].removeprefix("file://") if root.startswith("/") else _parts(row["uri"])[0]
         inside = next((uri.removeprefix(start) for start in roots if uri.startswith(start)), None)
         return dict(row) if inside is None else {**row, "uri": HERE + inside}
 
-    run = {**record["run"], "directory": without_password(root)}
+    run = {**record["run"], "directory": without_password(whole)}
     return {**record, "run": run, **{part: [relative(row) for row in record[part]] for part in _WITH_PLACES}}
+
+
+def _parts(place: str) -> tuple[str, str]:
+    """A place and the options of its URL, which come after everything.
+
+    Example: _parts("s3://b/x?region=r") == ("s3://b/x", "?region=r").
+    """
+    path, mark, options = place.partition("?") if "://" in place else (place, "", "")
+    return path.rstrip("/"), mark + options
 
 
 def without_password(url: str) -> str:
@@ -89,9 +99,11 @@ def without_password(url: str) -> str:
 def placed(record: Record, directory: str) -> Record:
     """The other way round: the record of the run as it lies in `directory`."""
 
+    root, options = _parts(directory)
+
     def absolute(row: Mapping[str, Any]) -> dict[str, Any]:
         uri = row["uri"]
-        return {**row, "uri": f"{directory}/{uri.removeprefix(HERE)}"} if uri.startswith(HERE) else dict(row)
+        return {**row, "uri": f"{root}/{uri.removeprefix(HERE)}{options}"} if uri.startswith(HERE) else dict(row)
 
     run = {**record["run"], "directory": directory}
     return {**record, "run": run, **{part: [absolute(row) for row in record[part]] for part in _WITH_PLACES}}

@@ -14,12 +14,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from orchestrator.checkpoints.local.places import slab_root
 from orchestrator.config import ClusterCapacity, NodeCapacity, Settings, check_resources, redact_text
 from orchestrator.execution.connection import check_stack
 from orchestrator.execution.place import Tracker
@@ -64,6 +65,7 @@ class Locally:
         return ""
 
     def fit(self, plan: Plan, settings: Settings) -> str:
+        plan = replace(plan, slab_directory=slab_directory(self._stack), may_start_writer=True)
         # The thread that starts the ranks must stay until they end: the kernel takes its end for the parent's death.
         with tempfile.TemporaryDirectory(prefix="orc-ranks-") as directory:
             self._ranks = start_ranks(plan, settings, self._stack.client_environment(), Path(directory))
@@ -189,6 +191,11 @@ def start_ranks(plan: Plan, settings: Settings, environment: Mapping[str, str], 
             _end(ranks)
             raise
     return ranks
+
+
+def slab_directory(stack: Stack) -> str:
+    """Where the checkpoints of a data directory are handed to their writers, on this host."""
+    return stack.slab_directory or str(slab_root(stack.home))
 
 
 def share_of_gpus(rank: int, each: float, visible: Sequence[str]) -> tuple[dict[str, str], str, int]:

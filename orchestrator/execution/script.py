@@ -31,7 +31,8 @@ from orchestrator.catalog import open_catalog
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.config import ProvenanceConfig, config_hash, flatten, redact, redact_text
 from orchestrator.errors import OrchestratorError, RunIsActive, ServiceUnavailable, UserError
-from orchestrator.execution.worker import copy_to_storage, local_directory
+from orchestrator.execution.local import slab_directory
+from orchestrator.execution.worker import copy_to_storage, local_directory, stager_of_rank
 from orchestrator.failures.classify import Evidence, first_cause
 from orchestrator.provenance.record import record
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
@@ -167,6 +168,15 @@ class _Recording:
             seed=seed or 0,
             seeds_generators=seed is not None,
             checkpoints=checkpoints,
+            stager=stager_of_rank(
+                self._opened.ticket,
+                where.rank,
+                checkpoints,
+                self._logger,
+                directory=slab_directory(self._opened.stack),
+                may_start=True,
+            ),
+            spool_directory=self._opened.spools,
             config_hash=spec.config_hash,
             device=_device_in_use(),
             perf=True,
@@ -202,6 +212,8 @@ class _Recording:
             return
         if self._run is not None and (self._where.size == 1 or _has_group()):
             self._run.finish()
+        if self._run is not None:
+            self._run.close()
         self._end(RunStatus.finished, "", None)
 
     def fail(self, error: BaseException) -> None:
@@ -209,7 +221,12 @@ class _Recording:
         if os.getpid() != self._process or self._is_over:
             return
         try:
-            self._end(*_ending(error, self._where.rank, self._run.step if self._run is not None else 0))
+            ending = _ending(error, self._where.rank, self._run.step if self._run is not None else 0)
+            if self._run is not None:
+                if isinstance(error, Exception):
+                    self._run.rescue(error)
+                self._run.close()
+            self._end(*ending)
         except Exception:
             logger.exception("the end of run %s could not be recorded", self._opened.ticket.name)
 

@@ -12,13 +12,20 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.config import redact_text
 from orchestrator.execution.run_logs import rank_log, structured
 from orchestrator.failures.classify import Evidence, RankFailed
 from orchestrator.records import Fact, FactKind, RunTicket, WhenFull
+
+if TYPE_CHECKING:
+    from orchestrator.checkpoints.job import SaveJob
+    from orchestrator.checkpoints.policy import CheckpointPolicy
+    from orchestrator.checkpoints.staging import Stager
+    from orchestrator.tracking.logger import Logger
+    from orchestrator.training.pointers import Pointers
 
 DONE, STOPPED = "done", "stopped"
 """What a worker returns to the driver: it went to its end, or it stopped because it was asked to."""
@@ -52,11 +59,17 @@ class Plan:
     """Record how fast the training goes."""
     debug: tuple[str, ...] = ()
     """Components that log in detail; see json_logs.py."""
+    slab_directory: str = ""
+    """Where, on each host, checkpoints are handed to their writers; "": ranks write by themselves."""
+    may_start_writer: bool = False
+    """A rank starts a writer where none answers. Never on Ray, which kills what its workers start."""
 
 
-def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int, node: str = "") -> str:
+def train_rank(
+    plan: Plan, *, rank: int, world_size: int, local_rank: int, node: str = "", pointers: Pointers | None = None
+) -> str:
     """The life of one rank, on the cluster's node of that id. Returns DONE or STOPPED; what the user's function raises
-    is recorded and raised as RankFailed.
+    is recorded and raised as RankFailed. `pointers` hear of checkpoints.
     """
     import torch
 
@@ -75,7 +88,7 @@ def train_rank(plan: Plan, *, rank: int, world_size: int, local_rank: int, node:
     )
     try:
         with rank_log(log_path(ticket, rank), ticket, rank, secrets=plan.secrets, components=plan.debug):
-            return _run_user_function(plan, logger, rank, world_size, local_rank, node)
+            return _run_user_function(plan, logger, rank, world_size, local_rank, node, pointers)
     finally:
         copy_to_storage(ticket, log_path(ticket, rank), structured(log_path(ticket, rank)))
         # The agent ships the rest in any case; waiting means that what follows the run sees all of it.
@@ -92,7 +105,9 @@ def _enter(code_paths: tuple[str, ...]) -> None:
             sys.path.insert(0, path)
 
 
-def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, local_rank: int, node: str) -> str:
+def _run_user_function(
+    plan: Plan, logger: Any, rank: int, world_size: int, local_rank: int, node: str, pointers: Pointers | None
+) -> str:
     from orchestrator.checkpoints.policy import CheckpointPolicy
     from orchestrator.config import config_schema, load_function, user_config
     from orchestrator.provenance.ranks import of_rank
@@ -101,6 +116,7 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
     run: Run | None = None
     try:
         function = load_function(plan.train)
+        policy = CheckpointPolicy(**plan.checkpoints)
         run = Run(
             plan.ticket,
             logger,
@@ -108,9 +124,14 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
             world_size=world_size,
             local_rank=local_rank,
             seed=plan.seed,
-            checkpoints=CheckpointPolicy(**plan.checkpoints),
+            checkpoints=policy,
+            stager=stager_of_rank(
+                plan.ticket, rank, policy, logger, directory=plan.slab_directory, may_start=plan.may_start_writer
+            ),
+            spool_directory=plan.spool_directory,
             config_hash=plan.config_hash,
             perf=plan.perf,
+            pointers=pointers,
         )
         where = of_rank(rank, device=str(run.device), node=node)
         logger.fact(Fact(kind=FactKind.provenance, at=time.time(), data=where))
@@ -136,8 +157,51 @@ def _run_user_function(plan: Plan, logger: Any, rank: int, world_size: int, loca
         }
         logger.fact(Fact(kind=FactKind.event, at=evidence.at, data=data))
         logging.getLogger(__name__).error("rank %d: %s: %s", rank, evidence.type, evidence.message, exc_info=True)
+        if run is not None and isinstance(error, Exception):
+            run.rescue(error)
         raise RankFailed(evidence) from None
+    finally:
+        if run is not None:
+            run.close()
     return DONE
+
+
+def stager_of_rank(
+    ticket: RunTicket, rank: int, policy: CheckpointPolicy, logger: Logger, *, directory: str, may_start: bool
+) -> Stager | None:
+    """What takes a rank's checkpoints from its hands; None where it shall write them by itself. `directory` is the slab
+    root of this host. Where shared memory cannot be had, the rank writes by itself, and an event says why. Waits a
+    while for what an earlier attempt had sealed on this host."""
+    from orchestrator.backends.storage import Storage
+    from orchestrator.checkpoints.local.client import SlabClient
+    from orchestrator.checkpoints.local.ending import await_sealed
+    from orchestrator.checkpoints.policy import Mode
+    from orchestrator.checkpoints.slab import Owner
+    from orchestrator.checkpoints.slab_stager import SlabStager
+    from orchestrator.checkpoints.staging import DirectStager
+
+    if policy.mode is Mode.direct or not directory:
+        return None
+
+    def tell(kind: str, why: str) -> None:
+        by_itself = kind in ("checkpoint-direct", "checkpoint-writer-missing")
+        message = f"rank {rank} writes its checkpoints by itself: {why}" if by_itself else f"rank {rank}: {why}"
+        logging.getLogger(__name__).warning("%s", message, extra={"run": ticket.run})
+        data = {"kind": kind, "level": "warning", "message": message}
+        logger.fact(Fact(kind=FactKind.event, at=time.time(), data=data))
+
+    def is_ours(job: SaveJob) -> bool:
+        return job.run == ticket.run and job.attempt < ticket.attempt
+
+    if ticket.attempt > 1 and not await_sealed(Path(directory), is_ours, may_start=may_start):
+        tell("checkpoint-unwritten", "what the attempt before had sealed is not written yet, and is not waited for")
+    return SlabStager(
+        SlabClient(directory, may_start=may_start),
+        owner=Owner(run=ticket.run, attempt=ticket.attempt, rank=rank, pid=os.getpid()),
+        fallback=DirectStager(Storage(ticket.directory).join("checkpoints"), window_bytes=policy.window_mb << 20),
+        tell=tell,
+        mode=policy.mode,
+    )
 
 
 def log_path(ticket: RunTicket, rank: int) -> Path:

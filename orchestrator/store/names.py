@@ -271,5 +271,8 @@ def path_safe(name: str) -> str:
 
 
 def run_directory(storage_url: str, experiment: str, run: str) -> str:
-    """`<storage_url>/<experiment>/<run>`; empty when there is no storage."""
-    return f"{storage_url.rstrip('/')}/{path_safe(experiment)}/{run}" if storage_url else ""
+    """`<storage_url>/<experiment>/<run>`; empty when there is no storage. What a URL has after `?` stays at its end."""
+    if not storage_url:
+        return ""
+    place, mark, options = storage_url.partition("?") if "://" in storage_url else (storage_url, "", "")
+    return f"{place.rstrip('/')}/{path_safe(experiment)}/{run}{mark}{options}"

@@ -20,6 +20,7 @@ from sqlalchemy import (
     any_,
     case,
     cast,
+    exists,
     func,
     literal,
     or_,
@@ -254,14 +255,19 @@ def _events(connection: Connection, query: Select[Any]) -> list[EventRow]:
 
 def checkpoints(connection: Connection, run_id: str, *conditions: ColumnElement[bool]) -> list[CheckpointRow]:
     """In the order in which they were saved."""
-    c = t.checkpoints.c
-    query = select(t.checkpoints).where(c.run_id == run_id, *conditions).order_by(c.created_at, c.step, c.id)
+    c, v = t.checkpoints.c, t.model_versions.c
+    is_registered = exists().where(v.run_id == c.run_id, v.checkpoint_id == c.id).label("is_registered")
+    query = (
+        select(t.checkpoints, is_registered)
+        .where(c.run_id == run_id, *conditions)
+        .order_by(c.created_at, c.step, c.id)
+    )  # fmt: skip
     return [
         CheckpointRow(
             run=row.run_id, id=row.id, attempt=row.attempt, uri=row.uri, state=row.state, step=row.step,
             epoch=row.epoch, label=row.label, metrics=row.metrics, is_best=row.is_best, is_pinned=row.is_pinned,
-            size_bytes=row.size_bytes,
-            duration=row.duration, manifest_sha256=row.manifest_sha256, cipher=row.cipher, key_id=row.key_id,
+            is_registered=row.is_registered, size_bytes=row.size_bytes, duration=row.duration,
+            manifest_sha256=row.manifest_sha256, cipher=row.cipher, key_id=row.key_id,
             created=row.created_at.timestamp(), resumable=row.resumable, kind=row.kind, world_size=row.world_size,
             reasons=row.reasons or [], timings=row.timings or {},
         )

@@ -196,6 +196,8 @@ class CheckpointRow:
     """Ranks that saved it."""
     reasons: Sequence[str] = ()
     """Why it was saved."""
+    is_registered: bool = False
+    """A model was made from it, so nothing deletes it."""
     timings: Mapping[str, Any] = field(default_factory=dict)
     """Seconds of its parts, of the slowest rank: copy, write."""
 

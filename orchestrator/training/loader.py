@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from orchestrator.errors import UserError
 from orchestrator.training.pace import Pace
-from orchestrator.training.seeds import derive
+from orchestrator.seeding import derive
 
 
 class CannotShard(UserError):
@@ -100,6 +102,8 @@ class ShardedLoader(DataLoader[Any]):
         self._resume_at = 0
         self._has_passed = False
         self._is_active = False
+        self._left_at: tuple[_Place, ...] = ()
+        """Where the code stood, innermost first, when the loop over the last pass was left in the middle."""
         self.pace: Callable[[ShardedLoader], Pace | None] | None = None
         """Who takes the time of a pass that begins; None: nobody."""
         self._own: ShardedSampler | None = self._sampler_for(loader)
@@ -154,6 +158,7 @@ class ShardedLoader(DataLoader[Any]):
             self._passes += 1
         self._has_passed = True
         start, self._resume_at = self._resume_at, 0
+        self._left_at = ()
         if self._own is not None:
             self._own.epoch, self._own.passes, self._own.skip = self._epoch, self._passes, start
         assert self.generator is not None
@@ -184,8 +189,16 @@ class ShardedLoader(DataLoader[Any]):
                     self._used = min(self._own.total, self._used + self._batch_total())
                 self._is_active = True
                 yield to_device(batch, self._target)
+        except GeneratorExit:
+            self._left_at = _callers()
+            raise
         finally:
             self._is_active = False  # also when the loop over us was left by `break`
+
+    def reopen(self, error: BaseException) -> None:
+        """If it was this exception that ended the loop over a pass, the loader counts as in the middle of it again."""
+        if self._left_at and _was_raised_at(error, self._left_at):
+            self._is_active, self._left_at = True, ()
 
     def _batch_total(self) -> int:
         return (self.batch_size or 1) * self._world_size
@@ -207,6 +220,37 @@ class ShardedLoader(DataLoader[Any]):
             unusual = loader.sampler if has_plain_batches else loader.batch_sampler
             raise CannotShard(f"its {type(unusual).__name__} draws an order of its own")
         return None
+
+
+_Place = tuple[int, CodeType, int]
+"""A frame (its id), its code, and the instruction that it was at."""
+_DEEPEST = 32
+
+
+def _callers() -> tuple[_Place, ...]:
+    """Of the generator that calls this. An exception unwinds a loop while its frame is still where it was raised."""
+    found: list[_Place] = []
+    frame = sys._getframe(2)
+    while frame is not None and len(found) < _DEEPEST:
+        found.append((id(frame), frame.f_code, frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(found)
+
+
+def _was_raised_at(error: BaseException, places: tuple[_Place, ...]) -> bool:
+    """Whether the innermost of the places that the exception, or one that led to it, came through is where it did."""
+    passed: dict[tuple[int, CodeType], set[int]] = {}
+    seen: BaseException | None = error
+    while seen is not None:
+        trace = seen.__traceback__
+        while trace is not None:
+            passed.setdefault((id(trace.tb_frame), trace.tb_frame.f_code), set()).add(trace.tb_lasti)
+            trace = trace.tb_next
+        seen = seen.__cause__ or seen.__context__
+    for frame, code, instruction in places:
+        if (frame, code) in passed:
+            return instruction in passed[frame, code]
+    return False
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

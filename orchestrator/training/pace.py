@@ -22,9 +22,11 @@ process)."""
 
 CHECKPOINT_METRICS: Mapping[str, Mapping[str, str]] = {
     "perf/checkpoint_stall": {"unit": "s", "direction": "min", "reduction": "max"},
+    "perf/checkpoint_copy": {"unit": "s", "direction": "min", "reduction": "max"},
     "perf/checkpoints_skipped": {"direction": "min", "reduction": "max"},
 }
-"""What is recorded when one is due: how long training stood still for it, and how many were skipped so far."""
+"""What is recorded when one is due: how long training stood still for it, how long of that it copied, and
+how many were skipped so far."""
 
 WINDOW = 1.0
 """Seconds of training that one recorded point covers, at least."""

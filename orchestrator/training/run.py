@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import mimetypes
 import os
@@ -20,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints.engine import CheckpointEngine, SaveFailed, TooLarge
+from orchestrator.checkpoints.engine import CheckpointEngine, NotWorthSaving, SaveFailed, TooLarge
 from orchestrator.checkpoints.manifest import CheckpointInfo, CheckpointState
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.checkpoints.reader import Stored
 from orchestrator.checkpoints.staging import Stager
 from orchestrator.checkpoints.state import TrainState
-from orchestrator.checkpoints.triggers import Moment, improved, reasons_to_save
+from orchestrator.checkpoints.triggers import FULL, Moment, improved, reasons_to_save
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import BadMetric, UserError
 from orchestrator.provenance import datasets
@@ -36,7 +37,14 @@ from orchestrator.training import seeds
 from orchestrator.training.group import Group, Value
 from orchestrator.training.loader import ShardedLoader
 from orchestrator.training.pace import CHECKPOINT_METRICS, METRICS, Pace, peak_memory
+from orchestrator.training.pointers import Pointers
 from orchestrator.training.recorder import Recorder
+from orchestrator.training.steps import OptimizerSteps
+
+logger = logging.getLogger(__name__)
+
+_SETTLE = 5.0
+"""Seconds that a rank which ends by an exception waits to hear of what it had handed over."""
 
 
 class RunStopped(BaseException):
@@ -53,7 +61,7 @@ class RunStopped(BaseException):
         return f"Run {self.run} was asked to stop at step {self.step}."
 
 
-PERIODIC = ("every_steps", "every_epochs", "every_minutes")
+PERIODIC = ("every_steps", "every_epochs", "every_minutes", FULL)
 """Reasons to save that come again: where there is no room, such a checkpoint is skipped."""
 
 
@@ -69,6 +77,8 @@ class Decision:
     """The best value of the policy's metric so far."""
     announced: str = ""
     """What the engine needs to know of the save on all ranks."""
+    pointer: str = ""
+    """What the launcher's `pointers` shall be given on all ranks."""
 
     @property
     def must(self) -> bool:
@@ -104,16 +114,20 @@ class Run:
         seeds_generators: bool = True,
         checkpoints: CheckpointPolicy | None = None,
         stager: Stager | None = None,
+        spool_directory: str = "",
         resume: bool = True,
         config_hash: str = "",
         device: torch.device | str | None = None,
         accumulation_steps: int = 1,
         perf: bool = False,
+        pointers: Pointers | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `stager`
-        takes checkpoints from training's hands; without one a save writes before it returns. `perf` records how fast
-        it goes; see pace.py."""
+        takes checkpoints from training's hands; without one a save writes before it returns. `spool_directory`: where
+        the record hears of a checkpoint that became durable after this process was gone. `perf` records how fast
+        it goes; see pace.py. `pointers` hear of checkpoints; given on all ranks or on none."""
+        self._pointers = pointers
         self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
         self._clock = clock or SystemClock()
         self._device = torch.device(device) if device is not None else _default_device(local_rank)
@@ -136,6 +150,7 @@ class Run:
             stager=stager,
             seed=seed,
             config_hash=config_hash,
+            spool_directory=spool_directory,
         )
         self._loaders: list[ShardedLoader] = []
         self._datasets: dict[str, dict[str, Any]] = {}
@@ -150,6 +165,9 @@ class Run:
         """Where the newest checkpoint is that surely exists; `_saved` may be one that is still being written."""
         self._staged: dict[str, Moment] = {}
         self._is_state_new = False
+        self._optimizer_steps = OptimizerSteps()
+        self._last_report: tuple[Any, ...] = ()
+        """Where the training was then, see `_whereabouts`."""
         self._is_known_too_large = False
         self._skips_logged = 0
         self._pace = Pace(self._record_pace, peak_memory(self._device)) if perf else None
@@ -268,6 +286,8 @@ class Run:
             self._await_saves()
             self._end_pace()
             raise RunStopped(self.id, self._step)
+        if self._state is not None and self._policy.on_exception:
+            self._last_report = self._whereabouts()
         return info
 
     def sum(self, value: Value) -> Value:
@@ -364,6 +384,7 @@ class Run:
         if loader is None and len(shuffled) == 1:
             state.loader = shuffled[0]
         self._state = state
+        self._optimizer_steps.watch(optimizer, *(extra or {}).values(), *more.values())
         if self._resume:
             stored = self._checkpoints.restore(state)
             if stored is not None:
@@ -383,6 +404,49 @@ class Run:
         assert info is not None  # only what need not be is skipped
         return info
 
+    def rescue(self, error: BaseException | str) -> CheckpointInfo | None:
+        """Saves the last good state when something went wrong: the launcher calls it when the train function raised,
+        and whoever watches the training may, in words: `run.rescue("loss is nan")`. Never raises; an event says what
+        was done.
+
+        Nothing in it is collective, the other ranks may be dead: each saves its part, and there is a checkpoint once
+        all ranks have done so at the same step. Without one, earlier checkpoints stay the newest. Gives None, with
+        nothing saved, if nothing changed since the newest one, if parameters hold nan or inf, if an optimizer's step
+        is under way, and for exceptions with `checkpoints.on_exception` false.
+        """
+        is_exception = isinstance(error, BaseException)
+        state, steps = self._state, self._optimizer_steps
+        if state is None or (is_exception and not self._policy.on_exception):
+            return None
+        try:
+            self._checkpoints.await_own(_SETTLE)
+            self._hear_of_saves()
+            if (self._step, steps.count) == (self._saved.step, self._saved.optimizer_steps):
+                return None
+            if steps.is_inside:
+                raise NotWorthSaving("an optimizer's step was under way")
+            for loader in self._loaders:
+                if isinstance(error, BaseException):
+                    loader.reopen(error)
+            info = self._rescued(state, "exception" if is_exception else "alarm")
+        except Exception as failure:  # the error on its way is what counts
+            self.event("checkpoint-not-rescued", str(failure) or type(failure).__name__, level="warning")
+            return None
+        what = "is saved" if info.state is CheckpointState.committed else "is a checkpoint once all ranks' parts are"
+        why = error if isinstance(error, str) else type(error).__name__
+        if self.is_main:
+            self.event("checkpoint-rescued", f"after {why}: the state of step {info.step} {what}", uri=info.uri)
+        return info
+
+    def close(self) -> None:
+        """Not collective, never raises; called by the launcher when the train function has ended, however it did. No
+        further saves; what is handed over is still written."""
+        try:
+            self._hear_of_saves()
+            self._checkpoints.close()
+        except Exception:  # how the run ended is known already
+            logger.exception("rank %d could not give back what it saved through", self.rank, extra={"run": self.id})
+
     def finish(self) -> None:
         """Collective; called by the launcher after the train function returned. Saves what is newer than the last
         checkpoint."""
@@ -396,7 +460,10 @@ class Run:
         due = self._policy.at_end and self._step > self._durable.step
         if self._group.share("save" if due else ""):
             self._save_or_tell(self._state, {}, Decision(reasons=("end",)))
-        self._checkpoints.close()
+        if self._pointers:
+            if pointer := self._group.share(self._pointers.due(is_last=True) if self.is_main else ""):
+                self._pointers.put(pointer)
+            self._pointers.close(_SETTLE)
 
     # -- record ------------------------------------------------------------------------------------------------------
 
@@ -523,6 +590,34 @@ class Run:
         if self._pace is not None:
             self._pace.close()
 
+    def _rescued(self, state: TrainState, reason: str) -> CheckpointInfo:
+        now = self._whereabouts()
+        loader_state = state.loader_state()
+        info = self._checkpoints.rescue(
+            state,
+            step=self._step,
+            optimizer_steps=self._optimizer_steps.count,
+            epoch=self._epoch,
+            epoch_complete=self._epoch_complete(),
+            reasons=(reason,),
+            progress={**self._progress(), "is_between_steps": now == self._last_report},
+            rank_state={"generators": seeds.capture(), "loader": loader_state},
+            data=_json(loader_state) if isinstance(state.loader, ShardedLoader) else {},
+        )
+        self._saved = self._moment({})
+        if info.state is CheckpointState.staged:
+            self._staged[info.id] = self._saved
+        else:
+            self._durable = self._saved
+        return info
+
+    def _whereabouts(self) -> tuple[Any, ...]:
+        """What tells whether the training has done anything since: optimizer steps, loaders, random numbers."""
+        return self._optimizer_steps.count, [loader.state_dict() for loader in self._loaders], seeds.drawn()
+
+    def _progress(self) -> dict[str, Any]:
+        return {"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged}
+
     def _decide(self, metrics: Mapping[str, float], has_state: bool, best: bool) -> Decision:
         """Rank 0's, on all ranks."""
         decision = Decision()
@@ -537,15 +632,21 @@ class Run:
                 self._best = metrics[self._policy.best_metric]
             announced = self._checkpoints.announce(self._step) if reasons else ""
             decision = Decision(
-                reasons=reasons, is_best=is_better or best, stop=stop, best=_text(self._best), announced=announced
-            )
+                reasons=reasons, is_best=is_better or best, stop=stop, best=_text(self._best), announced=announced,
+                pointer=self._pointers.due() if self._pointers else "",
+            )  # fmt: skip
         decision = Decision.from_json(self._group.share(decision.to_json()))
+        if decision.pointer and self._pointers:
+            self._pointers.put(decision.pointer)
         self._best = None if decision.best is None else float(decision.best)
         return decision
 
     def _moment(self, metrics: Mapping[str, float]) -> Moment:
         done = self._epoch + self._epoch_complete()
-        return Moment(step=self._step, epochs_done=done, time=self._clock.monotonic(), metrics=metrics, best=self._best)
+        return Moment(
+            step=self._step, epochs_done=done, time=self._clock.monotonic(), metrics=metrics, best=self._best,
+            optimizer_steps=self._optimizer_steps.count,
+        )  # fmt: skip
 
     def _epoch_complete(self) -> bool:
         """Whether no loop over training data is running; an unshuffled loader counts if it is part of the state."""
@@ -593,12 +694,13 @@ class Run:
             metrics=metrics,
             is_best=is_best,
             reasons=reasons,
-            progress={"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged},
+            progress=self._progress(),
             rank_state={"generators": seeds.capture(), "loader": loader_state},
             data=_json(loader_state) if isinstance(state.loader, ShardedLoader) else {},
             must=must,
             waits=waits,
             weights_only=weights_only,
+            full=FULL in reasons,
             announced=announced,
         )
         if info is not None and not weights_only:
@@ -609,7 +711,11 @@ class Run:
                 self._durable = self._saved
         if self._pace is not None:
             self._explain(CHECKPOINT_METRICS)
-            self._recorder.log({"perf/checkpoint_stall": time.monotonic() - started, **self._skips()}, self._step)
+            stalled = time.monotonic() - started + self._checkpoints.stalled()
+            found = {"perf/checkpoint_stall": stalled, **self._skips()}
+            if info is not None and self._checkpoints.copy_seconds:
+                found["perf/checkpoint_copy"] = self._checkpoints.copy_seconds
+            self._recorder.log(found, self._step)
         return info
 
     def _skips(self) -> dict[str, float]:
@@ -652,7 +758,10 @@ class Run:
         if same_world:
             self._generators = dict(stored.rank["generators"])
             seeds.restore(self._generators)
-        self._saved = Moment(step=self._step, epochs_done=self._first_epoch, time=self._clock.monotonic())
+        self._saved = Moment(
+            step=self._step, epochs_done=self._first_epoch, time=self._clock.monotonic(),
+            optimizer_steps=self._optimizer_steps.count,
+        )  # fmt: skip
         self._durable = self._saved
         if self.is_main:
             where = f"continues from {manifest.name}: step {manifest.step}, epoch {self._first_epoch}"
@@ -670,6 +779,8 @@ class Run:
             why.append(f"seed {manifest.seed} then, {self._seed} now")
         if manifest.versions.get("torch") != torch.__version__:
             why.append(f"torch {manifest.versions.get('torch')} then, {torch.__version__} now")
+        if not stored.progress.get("is_between_steps", True):
+            why.append("it was saved when something went wrong, in the middle of a step")
         return why
 
     def _prepared(self, thing: Any, even: bool) -> Any:
@@ -712,6 +823,8 @@ class _Diary:
 
     def checkpoint(self, info: CheckpointInfo) -> None:
         self._run._tell(FactKind.checkpoint, info.to_json())
+        if self._run._pointers and info.state is CheckpointState.committed:
+            self._run._pointers.offer(info)
 
     def event(self, kind: str, message: str, *, level: str, **details: Any) -> None:
         self._run.event(kind, message, level=level, **details)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,9 +20,10 @@ from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog
 from orchestrator.checkpoints.engine import CheckpointEngine
 from orchestrator.checkpoints.local.client import SlabClient
+from orchestrator.checkpoints.local.ending import SETTLE, await_sealed
 from orchestrator.checkpoints.local.places import slab_root
 from orchestrator.checkpoints.manifest import CheckpointInfo
-from orchestrator.checkpoints.policy import CheckpointPolicy, Direction, also_best
+from orchestrator.checkpoints.policy import CheckpointPolicy, Direction, Mode, also_best
 from orchestrator.checkpoints.reader import Stored
 from orchestrator.checkpoints.slab import Owner
 from orchestrator.checkpoints.slab_stager import SlabStager
@@ -70,8 +72,8 @@ class Checkpoints:
 
     Under torchrun every rank makes one, after `init_process_group`, and calls its methods together with the others:
     each writes its share. Whatever dies whenever, `load_latest` finds the newest checkpoint that was completely
-    written. Every start counts as an attempt of its own, and checkpoints of later attempts are newer. No threads and no
-    signal handlers of its own.
+    written. Every start counts as an attempt of its own, and checkpoints of later attempts are newer. No signal
+    handlers, and nothing that has to run at exit: what `save` has taken becomes durable by itself.
     """
 
     def __init__(
@@ -83,24 +85,30 @@ class Checkpoints:
         keep_best: int = 1,
         every_steps: int = 0,
         every_minutes: float = 0.0,
-        mode: str = "direct",
+        mode: str = "eager",
+        slab_directory: str | os.PathLike[str] | None = None,
         stager: Stager | None = None,
         clock: Clock | None = None,
         **policy: Any,
     ) -> None:
         """`save_best` is the metric whose best are kept besides the last ones: "val/accuracy" or "val/loss:min".
-        `every_steps` and `every_minutes` are for `due`. `mode`: "direct" writes before `save` returns; "eager" copies
-        to shared memory, and a process of its own, which starts by itself and ends when nothing is left, writes from
-        there, also when this one is killed right after. `policy`: see CheckpointPolicy. Collective. Raises UserError
-        for settings that make no sense, ConfigError for a URL that cannot be opened."""
-        if mode not in ("direct", "eager"):
-            raise UserError(f"orchestrator.Checkpoints: mode is {mode!r}; it is 'direct' or 'eager'.")
+        `every_steps` and `every_minutes` are for `due`. `mode`: "eager" copies to shared memory, and a process of its
+        own, which starts by itself and ends when nothing is left, writes from there, also when this one is killed right
+        after; "overlap" copies while the next step computes, up to `optimizer.step`; "direct" writes before `save`
+        returns, as the others do where there is no memory. `slab_directory`: where that memory is, by default in
+        /dev/shm. `policy`: see CheckpointPolicy. Collective. Raises UserError for settings that make no sense,
+        ConfigError for a URL that cannot be opened."""
+        if mode not in tuple(Mode):
+            raise UserError(
+                f"orchestrator.Checkpoints: mode is {mode!r}; it is {', '.join(map(repr, map(str, Mode)))}."
+            )
         _check_names(policy)
         metric, direction, _ = also_best(save_best) if save_best else ("", Direction.max, 0)
         self._policy = CheckpointPolicy(
             **{
                 "every_epochs": 0, "keep_last": keep_last, "keep_best": keep_best, "best_metric": metric,
-                "best_direction": direction, "every_steps": every_steps, "every_minutes": every_minutes, **policy,
+                "best_direction": direction, "every_steps": every_steps, "every_minutes": every_minutes,
+                "mode": Mode(mode), **policy,
             }
         )  # fmt: skip
         # A path from the root: the writer works elsewhere.
@@ -108,12 +116,16 @@ class Checkpoints:
         self._clock = clock or SystemClock()
         is_one_of_many = dist.is_available() and dist.is_initialized()
         self._group = Group(dist.get_rank(), dist.get_world_size()) if is_one_of_many else Group()
+        slabs = Path(slab_directory) if slab_directory else slab_root()
+        # What an earlier start left in memory takes its place first: this one is newer.
+        await_sealed(slabs, lambda job: job.storage_url == self._storage.url, may_start=True)
         run, attempt = _last_part(self._storage.uri()), self._new_attempt()
-        if mode == "eager" and stager is None:
+        if self._policy.mode is not Mode.direct and stager is None:
             owner = Owner(run=run, attempt=attempt, rank=self._group.rank, pid=os.getpid())
             stager = SlabStager(
-                SlabClient(str(slab_root()), may_start=True), owner=owner, fallback=DirectStager(self._storage),
-                tell=lambda event, why: logger.warning("%s: %s", event, why),
+                SlabClient(str(slabs), may_start=True), owner=owner,
+                fallback=DirectStager(self._storage, window_bytes=self._policy.window_mb << 20),
+                tell=lambda event, why: logger.warning("%s: %s", event, why), mode=self._policy.mode,
             )  # fmt: skip
         self._engine = CheckpointEngine(
             self._storage,
@@ -127,6 +139,8 @@ class Checkpoints:
         )
         self._best: float | None = None
         self._saved = Moment(time=self._clock.monotonic())
+        self._expected: TrainState | None = None
+        """Will be saved, and no memory was asked for yet."""
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -141,11 +155,14 @@ class Checkpoints:
     def state(self, **parts: Any) -> TrainState:
         """What `save` stores and `load_latest` restores: `model`, `optimizer`, `scheduler`, `scaler`, `loader`,
         `extra`, `files`, and anything else by name; see TrainState. Nothing is restored yet."""
-        return TrainState(**parts)
+        self._expected = TrainState(**parts)
+        return self._expected
 
     def due(self, *, step: int, epoch: int = 0, metrics: Mapping[str, float] | None = None) -> bool:
         """Collective. Whether `every_steps`, `every_minutes`, `every_epochs` or a better `save_best` metric say that it
-        is time; rank 0's clock and metrics decide for all."""
+        is time; rank 0's clock and metrics decide for all. The first call asks for the memory that a save will take:
+        make it after the first step, when the optimizer has its state."""
+        self._ask_for_room()
         now = self._moment(step, epoch, metrics or {})
         return bool(self._group.share("due" if reasons_to_save(self._policy, now, self._saved) else ""))
 
@@ -167,6 +184,7 @@ class Checkpoints:
         TooLarge or StateRefused, on all ranks.
         """
         self._engine.poll()
+        self._expected = None
         now = self._moment(step, epoch, metrics or {})
         is_better = improved(self._policy, now)
         decision = {"is_best": best or is_better, "announced": self._engine.announce(step)}
@@ -199,6 +217,8 @@ class Checkpoints:
 
         Raises CheckpointMismatch when it belongs to other code, Unreadable when the storage does not answer.
         """
+        self._engine.drain(SETTLE)
+        self._engine.poll()
         stored = self._engine.restore(state, which=which)
         if stored is None:
             return None
@@ -210,6 +230,8 @@ class Checkpoints:
                 state.loader.load_state_dict(loader)
             else:
                 why += ("the loader's position cannot be divided among another number of ranks",)
+        self._expected = state
+        self._ask_for_room()
         best = stored.progress.get("best")
         self._best = None if best is None else float(best)
         self._saved = Moment(step=manifest.step, epochs_done=manifest.epoch, time=self._clock.monotonic())
@@ -227,6 +249,12 @@ class Checkpoints:
     def close(self) -> None:
         """No further saves. What is staged is still written."""
         self._engine.close()
+
+    def _ask_for_room(self) -> None:
+        """So that the first save need not wait for memory, nor for the start of a writer."""
+        if self._expected is not None:
+            self._engine.expect(self._expected)
+            self._expected = None
 
     def _why_relaxed(self, stored: Stored) -> tuple[str, ...]:
         manifest, why = stored.manifest, list(stored.why)

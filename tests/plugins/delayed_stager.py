@@ -11,6 +11,7 @@ from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import commit
 from orchestrator.checkpoints.job import Layout, Outcome, SaveJob, SlotResult
 from orchestrator.checkpoints.staging import DirectReservation
+from orchestrator.checkpoints.state import TrainState
 
 
 class DelayedStager:
@@ -25,6 +26,9 @@ class DelayedStager:
         self.writes_while_waited_for = True
         self.is_closed = False
         self._outcomes: list[Outcome] = []
+
+    def attach(self, state: TrainState) -> None:
+        return
 
     def expect(self, layout: Layout, heads: Sequence[bytes]) -> None:
         self.expected.append(layout)
@@ -47,6 +51,12 @@ class DelayedStager:
                 self._outcomes.remove(outcome)
                 return outcome
         raise TimeoutError(save)
+
+    def settle(self) -> None:
+        return
+
+    def stalled(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         self.is_closed = True

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoints.local.ending import stop_writer
 from orchestrator.stack import Stack
 from orchestrator.store.store import Store
 from orchestrator.tracking.local.client import LocalTracker, stop_local_tracker
@@ -30,6 +31,7 @@ class LocalStack:
 
     def remove(self) -> None:
         stop_local_tracker(self.home)
+        stop_writer(self.home)
         self.store.close()
         shutil.rmtree(self.home)
 

@@ -485,6 +485,6 @@ def test_looking_through_the_api_loads_nothing_heavy(stack: Stack, words: list[s
 def test_points_and_unknown_runs_come_through_the_same_errors(stack: Stack) -> None:
     with pytest.raises(NotFound) as refused:
         client(stack).run("brave-oter")
-    assert refused.value.nearest == ("brave-otter",)
+    assert refused.value.nearest[0] == "brave-otter"  # runs of other tests, whose names are drawn, may be near, too
     assert client(stack).url == stack.api_url
     assert ask(stack, f"/api/v{wire.VERSION}/server")[0] == 200

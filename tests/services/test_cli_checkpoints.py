@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from orchestrator.backends import postgres as server_of
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints import catalog
+from orchestrator.checkpoints import catalog, reader
 from orchestrator.checkpoints.catalog import Hold
 from orchestrator.checkpoints.manifest import MANIFEST, CheckpointInfo, Manifest
 from orchestrator.cli import main, patience
@@ -28,6 +29,7 @@ from orchestrator.cli.patience import Patience
 from orchestrator.records import FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
 from orchestrator.store.store import Store
+from tests.plugins.api_server import serving
 from tests.plugins.checkpoint_files import random_tensors, write
 from tests.plugins.producers import Producer, fact
 
@@ -127,6 +129,19 @@ def test_ls_lists_the_newest_first_and_says_why_each_is_kept(orc: Orc, stacked: 
     assert "best val/loss" in shown
 
 
+def test_ls_asks_an_api_server_and_says_the_same(
+    orc: Orc, stacked: Stacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orc("pin", "last@10")
+    here = orc("ls", "--all", "--json")
+    with serving(Stack.load(stacked.home)) as served:
+        monkeypatch.setenv("ORC_API_TOKEN", Path(served.api_token_path).read_text())
+        words = ["--home", str(tmp_path / "none"), "checkpoint", "ls", "last", "--all", "--json", "--api"]
+        assert main.main([*words, served.api_url]) == 0
+    assert json.loads(capsys.readouterr().out) == here
+    assert here[-1]["kept_because"] == ["pinned"]
+
+
 def test_ls_shows_what_was_deleted_only_when_asked(orc: Orc, stacked: Stacked) -> None:
     orc("rm", f"brave-otter@{NAMES[0]}", "--yes")
     assert [row["name"] for row in orc("ls", "--json")] == NAMES[:0:-1]
@@ -213,6 +228,31 @@ def test_verify_reads_every_byte_and_changes_nothing(orc: Orc, stacked: Stacked)
     assert stacked.names() == NAMES, "nothing was set aside"
 
 
+def test_what_is_verified_or_exported_is_held_and_what_just_went_is_said_to_be_gone(
+    orc: Orc, stacked: Stacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = reader.verify
+
+    def looking(*given: Any, **more: Any) -> Any:
+        seen.append(catalog.holds(stacked.root, NAMES[3], now=time.time()))
+        catalog.remove(stacked.root, NAMES[1])
+        return real(*given, **more)
+
+    monkeypatch.setattr(reader, "verify", looking)
+    checked = orc("verify", "--all", "--json")["checkpoints"]
+    assert [each["name"] for each in checked] == [NAMES[3], NAMES[2], NAMES[0]]
+    assert seen[0] == {Hold.in_use}
+    assert catalog.holds(stacked.root, NAMES[3], now=time.time()) == frozenset()
+
+    def going(storage: Storage, name: str, **more: Any) -> Any:
+        raise FileNotFoundError(storage.uri(name))
+
+    monkeypatch.setattr(catalog, "in_use", going)
+    assert "It was deleted just now" in orc("export", "last", "-o", str(tmp_path / "x.pt"), code=2)
+    assert "It was deleted just now" in orc("verify", "last", code=2)
+
+
 def test_verify_finds_a_damaged_manifest(orc: Orc, stacked: Stacked) -> None:
     (Path(stacked.root.uri(NAMES[0])) / MANIFEST).write_text("{}")
     assert "JSON with a digest" in orc("verify", "--all", code=1)
@@ -288,8 +328,29 @@ def test_a_person_is_asked(orc: Orc, stacked: Stacked, monkeypatch: pytest.Monke
     assert stacked.names() == NAMES[1:]
 
 
+def test_ls_says_what_holds_a_checkpoint_even_where_no_rule_is_known(orc: Orc, stacked: Stacked) -> None:
+    script = stacked.run("own-rules", (10, 20), config={"lr": 0.1})
+    for ticket in (stacked.ticket, script):
+        catalog.hold(Storage(ticket.directory).join("checkpoints"), NAMES[0], Hold.in_use, until=1e12, token="reader")
+        with psycopg.connect(server_of.conninfo(Stack.load(stacked.home).database_url), autocommit=True) as sql:
+            sql.execute("INSERT INTO models (project, name) VALUES ('p', %s)", (ticket.run,))
+            sql.execute(
+                "INSERT INTO model_versions (model_id, version, run_id, checkpoint_id) SELECT id, 1, %s, %s FROM models"
+                " WHERE name = %s", (ticket.run, f"{ticket.run}/{NAMES[0]}", ticket.run),
+            )  # fmt: skip
+    orc("pin", "brave-otter@10")
+    assert orc("ls", "brave-otter", "--json")[-1]["kept_because"] == ["in use", "pinned", "registered"]
+    assert orc("ls", "own-rules", "--json")[-1]["kept_because"] == ["in use", "registered"]
+    assert "in use, pinned, registered" in orc("ls", "brave-otter")
+    assert orc("ls", stacked.root.uri(), "--json")[-1]["kept_because"] == ["in use", "pinned"], "what storage says"
+
+
 def test_the_newest_of_a_running_run_and_what_is_read_stays(orc: Orc, stacked: Stacked) -> None:
     assert "is the newest of run brave-otter, which is RUNNING" in orc("rm", "last@latest", "--yes", code=2)
+    weights = written(stacked.root, stacked.ticket, 50, kind="weights", resumable=False)
+    for name in (weights.name, NAMES[3]):
+        assert "would restart from it" in orc("rm", f"last@{name}", "--yes", code=2)
+    catalog.remove(stacked.root, weights.name)
     catalog.hold(stacked.root, NAMES[0], Hold.in_use, until=time.time() + 60, token="reader")
     assert "somebody is reading it" in orc("rm", "last@10", "--yes", code=2)
     orc("rm", "last@10", "last@latest", "--yes", "--force")
@@ -339,6 +400,24 @@ def test_gc_leaves_a_running_run_and_unknown_rules_alone(orc: Orc, stacked: Stac
     assert stacked.names() == NAMES
     orc("gc", "own-rules", "--keep-last", "1", "--yes")
     assert [m.step for m in catalog.scan(Storage(script.directory).join("checkpoints")).committed] == [20]
+
+
+def test_gc_marks_what_others_deleted_and_takes_what_the_killed_left(orc: Orc, stacked: Stacked) -> None:
+    catalog.remove(stacked.root, NAMES[0])
+    (told,) = orc("gc", "--json")["runs"]
+    assert told["gone"] == [f"{stacked.ticket.run}/{NAMES[0]}"]
+    assert stacked.states()[NAMES[0]] == "committed"
+    assert "would be marked as deleted" in orc("gc")
+    orc("gc", "--yes")
+    assert stacked.states() == {NAMES[0]: "deleted"} | dict.fromkeys(NAMES[1:], "committed")
+    assert orc("gc", "--json")["runs"][0]["gone"] == []
+    ended(stacked)
+    left = Path(stacked.root.uri()) / NAMES[3] / "model" / f"x.{2**22 + 1}-0123abcd.partial"
+    left.write_bytes(b"half")
+    os.utime(left, (1000, 1000))
+    orc("gc", "--yes")
+    assert not left.exists()
+    assert "Did you mean digits" in orc("gc", "--experiment", "digitz", code=2)
 
 
 def test_a_quota_is_shared_and_each_run_keeps_its_newest(orc: Orc, stacked: Stacked) -> None:

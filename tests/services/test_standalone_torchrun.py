@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from orchestrator.checkpoints.local.ending import end_writers
 
 SCRIPT = """
 import json, sys
@@ -29,7 +32,7 @@ rank = 0 if is_alone else dist.get_rank()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
 optimizer = torch.optim.Adam(model.parameters())
-with orchestrator.Checkpoints(url, save_best="loss:min") as checkpoints:
+with orchestrator.Checkpoints(url, save_best="loss:min", slab_directory=sys.argv[4]) as checkpoints:
     state = checkpoints.state(model=model, optimizer=optimizer)
     found = checkpoints.load_latest(state)
     seen = []
@@ -41,7 +44,7 @@ with orchestrator.Checkpoints(url, save_best="loss:min") as checkpoints:
         optimizer.step()
         # Each rank measures something else: rank 0's counts.
         info = checkpoints.save(state, step=step, metrics={"loss": 1.0 / step if rank == 0 else float(step)})
-        seen.append([info.step, info.is_best, info.state.value])
+        seen.append([info.step, info.is_best])
 result = {
     "seen": seen,
     "found": None if found is None else [found.step, found.is_exact, list(found.why)],
@@ -54,7 +57,7 @@ if not is_alone:
 """
 
 
-def started(directory: Path, url: Path, how: str) -> list[dict[str, Any]]:
+def started(directory: Path, url: Path, how: str, slabs: Path) -> list[dict[str, Any]]:
     script = directory / "train.py"
     script.write_text(SCRIPT)
     out = directory / how
@@ -64,7 +67,7 @@ def started(directory: Path, url: Path, how: str) -> list[dict[str, Any]]:
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
-    words = [sys.executable, *launcher, str(script), str(out), str(url), how]
+    words = [sys.executable, *launcher, str(script), str(out), str(url), how, str(slabs)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return [json.loads(path.read_text()) for path in sorted(out.glob("rank-*.json"))]
@@ -73,12 +76,18 @@ def started(directory: Path, url: Path, how: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     directory = tmp_path_factory.mktemp("torchrun")
-    return {how: started(directory, directory / "checkpoints", how) for how in ("first", "second", "alone")}
+    slabs = Path(tempfile.mkdtemp(prefix="orct-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    ways = ("first", "second", "alone")
+    played = {how: started(directory, directory / "checkpoints", how, slabs) for how in ways}
+    assert list((slabs / "members").iterdir()), "they went through memory"
+    assert end_writers(slabs)
+    assert not slabs.exists()
+    return played
 
 
 def test_both_ranks_write_and_rank_0_decides_what_is_best(played: dict[str, list[dict[str, Any]]]) -> None:
     one, two = played["first"]
-    assert one["seen"] == two["seen"] == [[step, True, "committed"] for step in (1, 2, 3)]
+    assert one["seen"] == two["seen"] == [[step, True] for step in (1, 2, 3)]
     assert "model/model-00001-of-00002.safetensors" in one["files"]
     assert "optim/optim-00002-of-00002.safetensors" in one["files"]
 
@@ -92,4 +101,4 @@ def test_the_next_start_goes_on_exactly(played: dict[str, list[dict[str, Any]]])
 def test_one_process_goes_on_from_what_two_saved_and_says_so(played: dict[str, list[dict[str, Any]]]) -> None:
     (alone,) = played["alone"]
     assert alone["found"] == [6, False, ["2 ranks then, 1 now"]]
-    assert [step for step, *_ in alone["seen"]] == [7, 8, 9]
+    assert [step for step, _ in alone["seen"]] == [7, 8, 9]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog, pointers
 from orchestrator.checkpoints.catalog import Hold
 from orchestrator.checkpoints.job import BestRule, KeepRules
-from orchestrator.checkpoints.manifest import MANIFEST, Manifest, directory_name
+from orchestrator.checkpoints.keeping import Keeping
+from orchestrator.checkpoints.manifest import MANIFEST, CheckpointState, Manifest, directory_name
 from orchestrator.checkpoints.policy import Direction
 
 HOUR = 3600.0
@@ -91,6 +95,43 @@ def test_a_hold_without_holder_or_end_is_refused(storage: Storage, arguments: di
         catalog.hold(storage, name, **arguments)
 
 
+def test_a_reader_holds_what_it_reads_and_lets_go(storage: Storage) -> None:
+    name = saved(storage, 1).name
+    with catalog.in_use(storage, name, now=100.0, seconds=50.0) as is_held:
+        assert is_held
+        with catalog.in_use(storage, name, now=100.0):
+            assert catalog.holds(storage, name, now=151.0) == {Hold.in_use}, "each reader has its own"
+        assert catalog.holds(storage, name, now=149.0) == {Hold.in_use}
+        assert catalog.holds(storage, name, now=151.0) == frozenset(), "a reader that died holds nothing for ever"
+    assert catalog.holds(storage, name) == frozenset()
+    assert [path for path, _ in storage.files()] == [f"{name}/{MANIFEST}"]
+
+
+def test_what_is_deleted_while_a_reader_comes_is_gone(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = saved(storage, 1).name
+    real = catalog.hold
+
+    def too_late(*given: Any, **more: Any) -> None:
+        real(*given, **more)
+        storage.delete(f"{name}/{MANIFEST}")
+
+    monkeypatch.setattr(catalog, "hold", too_late)
+    with pytest.raises(FileNotFoundError), catalog.in_use(storage, name, now=1.0):
+        pytest.fail("nothing is there to read")
+    assert catalog.scan(storage).incomplete == (), "no directory comes back by being held"
+
+
+def test_who_cannot_write_reads_all_the_same(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = saved(storage, 1).name
+
+    def refuse(self: Storage, path: str, data: bytes) -> None:
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(Storage, "write_bytes", refuse)
+    with catalog.in_use(storage, name, now=1.0) as is_held:
+        assert not is_held
+
+
 def test_what_does_not_exist_cannot_be_held(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         catalog.hold(storage, directory_name(1, 1), Hold.pinned)
@@ -127,6 +168,53 @@ def test_removal_takes_the_manifest_first_and_the_receipt_next(
         monkeypatch.setattr(Storage, method, lambda self, path: gone.append(path))
     catalog.remove(storage, name)
     assert gone == [f"{name}/MANIFEST.json", f"{name}/rank-0000.json", name]
+
+
+def test_what_was_deleted_stays_known_by_a_note(storage: Storage) -> None:
+    made, other = saved(storage, 1, label="v0.1", metrics={"loss": float("inf")}), saved(storage, 2)
+    catalog.remove(storage, made.name, manifest=made, why="no rule keeps it", now=7.0)
+    catalog.remove(storage, other.name)
+    assert catalog.deleted_names(storage) == [made.name]
+    note = catalog.deletion(storage, made.name)
+    assert note is not None
+    assert note == {
+        **catalog.row(made, storage.uri(made.name), CheckpointState.deleted), "reasons": [], "at": 7.0,
+        "why": "no rule keeps it",
+    }  # fmt: skip
+    assert catalog.scan(storage).committed == ()
+    saved(storage, 1)
+    assert catalog.deleted_names(storage) == [], "it is there again: what was said of it is over"
+    storage.write_bytes(f"deleted/{other.name}.json", b"[]")
+    assert catalog.deletion(storage, other.name) is None
+    assert catalog.deletion(storage, directory_name(9, 9)) is None
+
+
+def test_what_was_deleted_cannot_be_found_damaged(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that misses files of what is being deleted takes it for damaged; no directory comes back by that."""
+    name = saved(storage, 1).name
+    catalog.remove(storage, name)
+    assert not catalog.quarantine(storage, name, "files are missing", now=1.0)
+    assert list(storage.files()) == []
+    made = saved(storage, 2).name
+    real = Storage.write_bytes
+
+    def deleted_meanwhile(self: Storage, path: str, data: bytes) -> None:
+        catalog.remove(storage, made)
+        real(self, path, data)
+
+    monkeypatch.setattr(Storage, "write_bytes", deleted_meanwhile)
+    assert not catalog.quarantine(storage, made, "files are missing", now=1.0)
+    assert [entry.name for entry in storage.entries()] == []
+
+
+def test_a_quarantine_that_was_interrupted_is_ended(storage: Storage) -> None:
+    name = saved(storage, 1).name
+    storage.write_bytes(f"{name}/{catalog.QUARANTINE_NOTE}", b"{}")
+    storage.write_bytes(f"{name}/{catalog.QUARANTINED}", b"half")
+    assert catalog.quarantine(storage, name, "bits", now=1.0)
+    assert catalog.quarantine(storage, name, "bits again", now=2.0)
+    assert manifest(1).encode() == storage.read_bytes(f"{name}/{catalog.QUARANTINED}")
+    assert not storage.exists(f"{name}/{MANIFEST}")
 
 
 # -- sweeping ------------------------------------------------------------------------------------------------
@@ -170,6 +258,37 @@ def test_leftovers_of_unknown_age_stay(storage: Storage, monkeypatch: pytest.Mon
     assert catalog.sweep(storage, attempt=2, now=1e12) == []
 
 
+def test_half_written_files_of_the_killed_are_swept_wherever_they_lie(storage: Storage) -> None:
+    name = saved(storage, 1).name
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    old = [
+        f"{name}/model/a.safetensors.{int(dead.stdout)}-0123abcd.partial", f"latest.json.{int(dead.stdout)}-ff.partial",
+    ]  # fmt: skip
+    kept = [
+        f"{name}/model/b.safetensors.{os.getpid()}-0123abcd.partial",  # of a process that lives
+        f"{name}/notes.partial",  # not ours
+    ]
+    young = f"{name}/model/c.safetensors.{int(dead.stdout)}-0123abcd.partial"
+    for path in (*old, *kept, young):
+        storage.write_bytes(path, b"x")
+        os.utime(storage.uri(path), (1000.0, 1000.0))
+    os.utime(storage.uri(young), (1001.0, 1001.0))
+    assert catalog.sweep_partial(storage, now=1000.0 + HOUR) == []
+    assert catalog.sweep_partial(storage, now=1000.5 + HOUR) == sorted(old)
+    left = [path for path in (*old, *kept, young) if Path(storage.uri(path)).exists()]
+    assert left == [*kept, young]
+
+
+def test_half_written_files_are_swept_after_a_commit(storage: Storage) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    first = saved(storage, 1)
+    path = f"{first.name}/model/a.safetensors.{int(dead.stdout)}-0123abcd.partial"
+    storage.write_bytes(path, b"x")
+    Keeping(storage, KeepRules(), attempt=1).after_commit(saved(storage, 2), now=time.time() + 2 * HOUR)
+    assert not Path(storage.uri(path)).exists()
+    assert [each.step for each in catalog.scan(storage).committed] == [2, 1]
+
+
 # -- pointers ------------------------------------------------------------------------------------------------
 
 RULES = KeepRules(best=(BestRule(metric="loss", direction=Direction.min), BestRule(metric="acc")))
@@ -187,8 +306,39 @@ def test_pointers_name_the_newest_and_the_best(storage: Storage) -> None:
     assert pointers.read(storage, "best-2") == made[2].name, "of equal ones the newer"
     assert json.loads(storage.read_bytes("best.json")) == {
         "protocol": 2, "name": made[1].name, "step": 3, "metric": "loss", "value": 0.25,
-        "manifest_sha256": made[1].digest, "at": 9.0,
+        "manifest_sha256": made[1].digest, "direction": "min", "at": 9.0,
     }  # fmt: skip
+
+
+def test_the_best_that_is_the_last_is_stored_once(storage: Storage) -> None:
+    """The pointers name one directory; nothing is written twice."""
+    made = saved(storage, 5, metrics={"loss": 0.1, "acc": 0.9})
+    pointers.update(storage, [made], RULES, now=9.0)
+    assert {pointers.read(storage, which) for which in ("latest", "best", "best-2")} == {made.name}
+    assert [entry.name for entry in storage.entries() if entry.is_dir] == [made.name]
+
+
+@pytest.mark.parametrize("what", ["killed before the pointers moved", "deleted", "found damaged", "no pointer yet"])
+def test_what_a_pointer_names_is_not_believed(storage: Storage, what: str) -> None:
+    made = [saved(storage, step, metrics={"loss": 1.0 / step}, is_best=True) for step in (1, 2, 3)]
+    pointers.update(storage, made, RULES, now=9.0)
+    best = made[2]
+    if what == "killed before the pointers moved":
+        best = saved(storage, 4, metrics={"loss": 0.0})
+    elif what == "deleted":
+        catalog.remove(storage, made[2].name)
+        best = made[1]
+    elif what == "found damaged":
+        assert catalog.quarantine(storage, made[2].name, "bits", now=1.0)
+        best = made[1]
+    else:
+        storage.delete("best.json")
+    newest_first = catalog.scan(storage).committed
+    assert newest_first[0] == best
+    assert pointers.best_first(storage, "best", newest_first)[0] == best
+    assert pointers.best_first(storage, "best-3", newest_first) == []
+    pointers.update(storage, newest_first, RULES, now=10.0)
+    assert pointers.read(storage, "best") == pointers.read(storage, "latest") == best.name
 
 
 def test_pointers_of_saves_with_best_true_and_of_endless_metrics(storage: Storage) -> None:

@@ -17,31 +17,17 @@ from torch import nn
 
 from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog
-from orchestrator.checkpoints.engine import CheckpointEngine, SaveFailed, StateRefused, TooLarge, Unreadable
+from orchestrator.checkpoints.engine import CheckpointEngine, Closed, SaveFailed, StateRefused, TooLarge, Unreadable
 from orchestrator.checkpoints.manifest import CheckpointInfo
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.checkpoints.reader import read_manifest, verify
 from orchestrator.checkpoints.staging import Stager
 from orchestrator.checkpoints.state import CheckpointMismatch, TrainState
 from orchestrator.clock import ManualClock
+from orchestrator.training.group import Group
 from tests.plugins.delayed_stager import DelayedStager
 
 torch.set_num_threads(1)
-
-
-class Alone:
-    """A group of one rank."""
-
-    rank, world_size = 0, 1
-
-    def share(self, text: str) -> str:
-        return text
-
-    def gather(self, text: str) -> list[str]:
-        return [text]
-
-    def lowest(self, value: int) -> int:
-        return value
 
 
 class Diary:
@@ -62,7 +48,7 @@ class Saver:
     def __init__(self, storage: Storage, attempt: int = 1, stager: Stager | None = None, **policy: Any) -> None:
         self.storage, self.diary, self.clock = storage, Diary(), ManualClock()
         self.engine = CheckpointEngine(
-            storage, run="r1", attempt=attempt, group=Alone(), policy=CheckpointPolicy(**policy), clock=self.clock,
+            storage, run="r1", attempt=attempt, group=Group(), policy=CheckpointPolicy(**policy), clock=self.clock,
             diary=self.diary, stager=stager,
         )  # fmt: skip
 
@@ -87,7 +73,7 @@ class Saver:
 
 
 def names_in(storage: Storage) -> list[str]:
-    return [entry.name for entry in storage.entries() if entry.is_dir]
+    return [entry.name for entry in storage.entries() if entry.is_dir and entry.name != catalog.DELETED]
 
 
 @pytest.fixture
@@ -585,6 +571,27 @@ def test_what_all_ranks_wrote_before_they_died_is_committed_by_the_next_attempt(
     later = Saver(saver.storage, attempt=2)
     assert later.restored_step(state) == 4
     assert [(info.step, info.state.value) for info in later.diary.checkpoints] == [(4, "committed")]
+
+
+def test_two_attempts_that_save_at_once_leave_each_other_alone_and_the_later_one_counts(root: Path) -> None:
+    old, new = (Saver(Storage(str(root)), attempt=attempt, keep_last=1) for attempt in (1, 2))
+    models = {saver: nn.Linear(1, 1) for saver in (old, new)}
+    for step in (1, 2, 3):
+        for saver, model in models.items():
+            nn.init.constant_(model.weight, step + (10 if saver is new else 0))
+            saver.save(TrainState(model=model), step)
+    old.save(TrainState(model=models[old]), 9)
+    assert names_in(old.storage) == ["step_00000003-a2", "step_00000009-a1"]
+    again = nn.Linear(1, 1)
+    assert Saver(Storage(str(root)), attempt=3).restored_step(TrainState(model=again)) == 3
+    assert again.weight.item() == 13.0
+
+
+def test_after_the_end_a_save_is_refused(saver: Saver) -> None:
+    saver.engine.close()
+    saver.engine.close()
+    with pytest.raises(Closed, match="the training has ended"):
+        saver.save(TrainState(model=nn.Linear(1, 1)), 1)
 
 
 # -- size ----------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import ast
 import errno
 import json
 import os
+import traceback
 from collections import Counter, OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import xxhash
@@ -129,6 +131,83 @@ def test_passwords_are_not_shown() -> None:
     assert storage.uri("a/b") == "s3://key@bucket/runs/a/b?region=eu-central-1"
 
 
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("s3://key:hushhush@bucket/x?nonsense=1", "nonsense"),
+        ("s3://key:hush/hush@bucket/x?region=here", "has to be written as %2F"),
+        ("s3://key:hush%2Fhush@bucket/x?region=here&connect_timeout=soon", "could not convert"),
+        ("gs://user:hushhush@bucket/x", "takes its credentials from GOOGLE_APPLICATION_CREDENTIALS"),
+        ("gcs://user:hushhush@bucket/x", "gs://bucket/path"),
+        ("abfs://account/x?client_secret=hushhush", "abfs://container@account.dfs.core.windows.net/path"),
+        ("abfss://c:hushhush@a.dfs.core.windows.net/x?client_secret=hushhush&foo=1", "AZURE_CLIENT_ID"),
+        ("nonsense://key:hushhush@x", "Known are local paths"),
+    ],
+)
+def test_a_url_that_cannot_be_opened_is_explained_without_its_password(url: str, what: str) -> None:
+    with pytest.raises(ConfigError, match="storage.url") as raised:
+        Storage(url)
+    told = "".join(traceback.format_exception(raised.value))
+    assert what in told
+    assert "cannot be opened (" in told
+    assert "hush" not in told
+
+
+def test_what_a_url_hides_and_what_it_shows() -> None:
+    for url, told in {
+        "/a/b": "/a/b",
+        "s3://bucket/runs": "s3://bucket/runs",
+        "s3://key:secret@bucket/a@b?region=x&token=y": "s3://key@bucket/a@b?region=x&token=***",
+        "abfs://container@a.dfs.core.windows.net/x?client_secret=y": (
+            "abfs://container@a.dfs.core.windows.net/x?client_secret=***"
+        ),
+        "s3://key:sec/ret@bucket/x": "s3://key@bucket/x",
+    }.items():
+        assert storage_module.shown(url) == told
+
+
+@pytest.mark.parametrize("error", [pyarrow.ArrowInvalid("no token"), pyarrow.ArrowException("no token")])
+def test_what_pyarrow_raises_at_a_store_is_an_os_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    class Refusing:
+        type_name = "abfs"
+
+        def __getattr__(self, name: str) -> Any:
+            def refuse(*_: Any, **__: Any) -> Any:
+                raise error
+
+            return refuse
+
+    storage = Storage("mock:///runs")
+    storage._files = storage_module._RemoteFiles(Refusing())
+    for ask in (
+        storage.entries, storage.exists, storage.modified, lambda: list(storage.files()), lambda: storage.delete("a"),
+        lambda: storage.delete_dir("a"), lambda: storage.read_bytes("a"), lambda: storage.write_bytes("a", b""),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match="no token"):
+            ask()
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        storage.check_writable()
+
+
+def test_google_is_not_asked_for_a_quarter_of_an_hour() -> None:
+    assert storage_module._with_patience("gs://bucket/x") == "gs://bucket/x?retry_limit_seconds=60"
+    assert storage_module._with_patience("gs://b/x?scheme=http") == "gs://b/x?scheme=http&retry_limit_seconds=60"
+    for url in ("gs://b/x?retry_limit_seconds=5", "abfs://c@a.dfs.core.windows.net/x", "s3://bucket/x"):
+        assert storage_module._with_patience(url) == url
+
+
+@pytest.mark.parametrize("url", ["mock:///a/b/c", "LOCAL/a/b/c"])
+def test_what_lies_above(url: str, tmp_path: Path) -> None:
+    storage = Storage(url.replace("LOCAL", str(tmp_path)))
+    storage.write_bytes("x", b"1")
+    assert storage.parts[-2:] == ("b", "c")
+    outer = storage.above(2)
+    assert outer is not None
+    assert outer.read_bytes("b/c/x") == b"1"
+    assert outer.join("b", "c").uri() == storage.join("x").above(1).uri()  # type: ignore[union-attr]
+    assert storage.above(50) is None
+
+
 def test_entries_say_when_they_changed_and_storage_says_what_is_free(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "root"))
     assert storage.free_bytes(), "of the directory that is there"
@@ -176,12 +255,14 @@ def test_s3_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.backends.storage.arrow_fs.S3FileSystem", file_system)
     url = (
         "s3://key:se%2Fcret@bucket/some/runs?region=eu-central-1&scheme=http&endpoint_override=here:9&request_timeout=5"
+        "&attempts=7"
     )
     assert storage_module._s3(url) == ("s3", "bucket/some/runs")
     (options,) = made
     assert (options["access_key"], options["secret_key"]) == ("key", "se/cret")
     assert (options["region"], options["scheme"], options["endpoint_override"]) == ("eu-central-1", "http", "here:9")
     assert (options["connect_timeout"], options["request_timeout"]) == (10.0, 5.0)
+    assert options["retry_strategy"].max_attempts == 7
     assert storage_module._s3("s3://bucket/runs?region=x&allow_bucket_creation=true") is None, "pyarrow's own way"
     assert storage_module._s3("gs://bucket/runs") is None
 
@@ -248,12 +329,19 @@ def written(storage: Storage, path: str, tensors: dict[str, torch.Tensor]) -> Fi
     return file_entry(made, xxhash.xxh3_128_hexdigest(head), [xxhash.xxh3_128_hexdigest(each) for each in data])
 
 
+def read_all(source: Any, file: FileEntry) -> dict[str, torch.Tensor]:
+    tensors = {entry.name: tensorfile.empty(entry.shape, entry.dtype) for entry in file.tensors}
+    (part,) = tensorfile.parts(file)
+    tensorfile.read_part(source, part, "here", lambda entry: tensorfile.Into(tensorfile.data(tensors[entry.name])))
+    return tensors
+
+
 def test_tensors_come_back_bit_for_bit_and_safetensors_opens_the_file(tmp_path: Path) -> None:
     tensors, storage = tensors_of_all_kinds(), Storage(str(tmp_path))
     entry = written(storage, "t.safetensors", tensors)
     assert entry.size_bytes == storage.size_bytes("t.safetensors")
     with storage.open_input("t.safetensors") as source:
-        ours = tensorfile.read_part(source, tensorfile.parts(entry)[0], "here")
+        ours = read_all(source, entry)
     theirs = load_file(tmp_path / "t.safetensors")
     for name, tensor in tensors.items():
         for back in (ours[name], theirs[name]):
@@ -270,11 +358,11 @@ def test_every_flipped_byte_of_a_tensor_file_is_noticed(tmp_path: Path) -> None:
     for at in positions:
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with storage.open_input("t") as source, pytest.raises(CheckpointCorrupt):
-            tensorfile.read_part(source, tensorfile.parts(entry)[0], "here")
+            read_all(source, entry)
     for length in (0, 7, 100, entry.head_bytes, len(good) - 1):
         path.write_bytes(good[:length])
         with storage.open_input("t") as source, pytest.raises(CheckpointCorrupt):
-            tensorfile.read_part(source, tensorfile.parts(entry)[0], "here")
+            read_all(source, entry)
 
 
 # -- manifest ------------------------------------------------------------------------------------------------

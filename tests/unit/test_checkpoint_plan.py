@@ -95,3 +95,60 @@ def test_rank_0_begins_with_what_is_its_alone() -> None:
     groups = groups_of({"w": (100, True), "v": (100, True), "buffer": (300, False)}, {})
     assert plan.owners(groups, 2) == {"model/buffer": 0, "model/v": 1, "model/w": 1}
     assert plan.owners(groups, 2, own_bytes=0) == {"model/buffer": 0, "model/v": 0, "model/w": 1}
+
+
+Shapes = st.dictionaries(st.text("abc.", min_size=1, max_size=4), st.integers(0, 50), max_size=12)
+
+
+def parts_of(rows: dict[str, int], rank: int, copies: int, parts: int) -> list[TensorSpec]:
+    """What a rank has of tensors in so many parts, of each of which there are so many copies."""
+    found = []
+    for name, count in rows.items():
+        step, part = -(-count // parts), rank % parts
+        begin, end = min(part * step, count), min((part + 1) * step, count)
+        holders = tuple(part + copy * parts for copy in range(copies))
+        found.append(TensorSpec(name, "F32", (end - begin,), 4 * (end - begin), False, (begin,), (count,), holders))
+    return found
+
+
+@given(Shapes, Shapes, st.integers(1, 3), st.integers(1, 3))
+def test_of_a_split_tensor_each_part_is_written_once(rows: dict, whole: dict, copies: int, parts: int) -> None:
+    world_size = copies * parts
+    written: dict[str, list[tuple[int, int]]] = {name: [] for name in rows}
+    groups = [
+        {
+            "model": parts_of(rows, rank, copies, parts),
+            "optim": [TensorSpec(name, "F32", (count,), 4 * count, True) for name, count in whole.items()],
+        }
+        for rank in range(world_size)
+    ]
+    bytes_written = [0] * world_size
+    for rank, mine in enumerate(groups):
+        owners = plan.owners(mine, world_size)
+        for spec in mine["model"]:
+            if owners[f"model/{spec.name}"] == rank:
+                assert spec.offsets is not None
+                written[spec.name].append((spec.offsets[0], spec.offsets[0] + spec.shape[0]))
+                bytes_written[rank] += spec.size_bytes
+        assert plan.plan_sha256(mine, world_size) == plan.plan_sha256(groups[0], world_size)
+        assert plan.described(mine) == plan.described(groups[0])
+        assert plan.size_bytes(mine) == 4 * (sum(rows.values()) + sum(whole.values()))
+        assert plan.own_bytes(mine) == 0
+        assert {key: owner for key, owner in owners.items() if key.startswith("optim/")} == {
+            key: owner for key, owner in plan.owners(groups[0], world_size).items() if key.startswith("optim/")
+        }
+    for name, count in rows.items():
+        ends = sorted(written[name])
+        assert [begin for begin, _ in ends] + [count] * bool(ends) == [0] * bool(ends) + [end for _, end in ends]
+        assert sum(end - begin for begin, end in ends) == count
+    for part in range(parts):  # copies share the work
+        found = [bytes_written[part + copy * parts] for copy in range(copies)]
+        assert max(found) - min(found) <= 4 * max(rows.values(), default=0)
+
+
+def test_ranks_that_split_a_tensor_otherwise_are_told_so() -> None:
+    split = {"model": parts_of({"w": 6}, 0, 1, 2)}
+    whole = {"model": [TensorSpec("w", "F32", (6,), 24, True)]}
+    assert plan.plan_sha256(split, 2) != plan.plan_sha256(whole, 2)
+    found = plan.difference(plan.described(split), plan.described(whole))
+    assert found == ("model/w", "F32 [6] in parts", "F32 [6]")

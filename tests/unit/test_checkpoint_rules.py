@@ -30,6 +30,8 @@ OFF = {"every_steps": 0, "every_epochs": 0, "every_minutes": 0}
         ({"every_epochs": 1}, Moment(epochs_done=1), Moment(), ("every_epochs",)),
         ({"every_epochs": 2}, Moment(epochs_done=1), Moment(), ()),
         ({"every_epochs": 1}, Moment(epochs_done=1), Moment(epochs_done=1), ()),
+        ({"full_every_epochs": 2}, Moment(epochs_done=4), Moment(epochs_done=3), ("full_every_epochs",)),
+        ({"full_every_epochs": 2}, Moment(epochs_done=5), Moment(epochs_done=4), ()),
         ({"every_minutes": 1}, Moment(time=159), Moment(time=100), ()),
         ({"every_minutes": 1}, Moment(time=160), Moment(time=100), ("every_minutes",)),
         ({"best_metric": "a"}, Moment(metrics={"a": 0.5}), Moment(), ("improved",)),

@@ -23,7 +23,7 @@ def test_the_configuration_and_the_policy_have_the_same_fields_and_defaults() ->
 def test_what_is_kept_is_the_union_of_all_rules() -> None:
     policy = CheckpointPolicy(
         keep_last=5, best_metric="accuracy", keep_best=2, also_best=["val/loss:min", "f1"], keep_every_steps=1000,
-        keep_hours=0.5,
+        keep_hours=0.5, quota_gb=1.5,
     )  # fmt: skip
     assert keep_rules(policy) == KeepRules(
         last=5,
@@ -34,6 +34,7 @@ def test_what_is_kept_is_the_union_of_all_rules() -> None:
         ),
         every_steps=1000,
         for_seconds=1800.0,
+        quota_bytes=1_500_000_000,
     )
 
 
@@ -66,6 +67,12 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(setting: str, value
         CheckpointPolicy(**{setting: value})
     with pytest.raises(ConfigError, match=f"checkpoints.{setting}"):
         CheckpointsConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("mode", "lazy"), ("window_mb", 0)])
+def test_what_the_configuration_checks_by_its_types_a_script_hears_as_well(setting: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"checkpoints.{setting}"):
+        CheckpointPolicy(**{setting: value})
 
 
 def test_a_label_knows_how_far_it_is() -> None:

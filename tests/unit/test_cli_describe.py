@@ -190,6 +190,12 @@ def test_the_link_to_mlflow_is_what_the_mirror_noted() -> None:
     assert "mlflow" not in describe.links(replace(RUN, links={}), ray_dashboard="")
 
 
+def test_a_directory_is_shown_without_the_key_of_its_bucket() -> None:
+    run = replace(RUN, directory="s3://key:hushhush@bucket/runs/r-123?region=x")
+    assert describe.links(run, ray_dashboard="")["directory"] == "s3://key:***@bucket/runs/r-123?region=x"
+    assert describe.links(RUN, ray_dashboard="")["directory"] == RUN.directory
+
+
 def test_a_narrow_terminal_shows_fewer_columns_instead_of_broken_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()

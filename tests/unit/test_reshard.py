@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints.reader import read, read_slices
+from orchestrator.checkpoints.reader import read, read_slices, shapes
 from orchestrator.checkpoints.state import TrainState
 from orchestrator.errors import CheckpointCorrupt
 from tests.plugins import checkpoint_files
@@ -93,6 +95,74 @@ def test_a_part_is_given_out_only_if_the_piece_it_is_cut_from_is_right(tmp_path:
     )
     with pytest.raises(CheckpointCorrupt, match=r"fc\.weight"):
         read_slices(inside, manifest, {"model/fc.weight": (slice(4, 5),)})
+
+
+def boxes_of(rank: int, world_size: int, tensors: dict, names: Sequence[str]) -> dict:
+    """Rows of some tensors, as FSDP2 spreads them."""
+    found = {}
+    for key in names:
+        shape = tensors[key.partition("/")[0]][key.partition("/")[2]].shape
+        step = -(-shape[0] // world_size)
+        begin, end = (min(at * step, shape[0]) for at in (rank, rank + 1))
+        found[key] = ((begin, end), *((0, size) for size in shape[1:]))
+    return found
+
+
+SPREAD = ("model/fc.weight", "model/fc.bias", "optim/optimizer.state.0.exp_avg", "model/flags")
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(("written_by", "read_by"), [(2, 1), (1, 2), (2, 3), (2, 5)])
+def test_a_checkpoint_is_read_as_the_parts_that_a_rank_holds(
+    tmp_path: Path, written_by: int, read_by: int, split: tuple[str, ...]
+) -> None:
+    root, tensors = Storage(str(tmp_path)), checkpoint_files.random_tensors(rows=7)
+    manifest = checkpoint_files.write(root, tensors, world_size=written_by, split=split)
+    for rank in range(read_by):
+        boxes = boxes_of(rank, read_by, tensors, SPREAD)
+        found = read(root.join(manifest.name), manifest, rank=rank, world_size=read_by, boxes=boxes).snapshot
+        assert found.parts == {key: tuple(shapes(manifest)[key]) for key in boxes}
+        wanted = {group: dict(named) for group, named in tensors.items()}
+        for key, ((begin, end), *_) in boxes.items():
+            group, _, name = key.partition("/")
+            wanted[group][name] = wanted[group][name][begin:end]
+        for group, named in wanted.items():
+            assert_equal(dict(found.tensors[group]), named)
+
+
+def test_parts_of_others_are_not_read_and_together_the_ranks_notice_every_damage(tmp_path: Path) -> None:
+    root, tensors = Storage(str(tmp_path)), checkpoint_files.random_tensors(rows=64)
+    split = ("model/fc.weight", "optim/optimizer.state.0.exp_avg")
+    manifest = checkpoint_files.write(root, tensors, world_size=2, split=split)
+    inside = root.join(manifest.name)
+    outcomes, named = set(), set()
+    for file in manifest.files:
+        path = tmp_path / manifest.name / file.path
+        good = path.read_bytes()
+        for at in [*range(0, len(good), 1021), len(good) - 1] if file.tensors else ():
+            path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+            noticed = []
+            for rank in range(2):
+                try:
+                    read(inside, manifest, rank=rank, world_size=2, boxes=boxes_of(rank, 2, tensors, split))
+                except CheckpointCorrupt as error:
+                    noticed.append(rank)
+                    named.add(error.file.partition(":")[0] == file.path)
+            assert noticed, (file.path, at)
+            outcomes.add(tuple(noticed))
+        path.write_bytes(good)
+    assert outcomes == {(0,), (1,), (0, 1)}, "what belongs to one rank is read by that one, the rest by both"
+    assert named == {True}
+
+
+def test_rows_that_nobody_wrote_are_damage(tmp_path: Path) -> None:
+    root, tensors = Storage(str(tmp_path)), checkpoint_files.random_tensors(rows=8)
+    manifest = checkpoint_files.write(root, tensors, world_size=2, split=("model/fc.weight",))
+    files = tuple(
+        replace(file, tensors=tuple(each for each in file.tensors if each.offsets != (4, 0))) for file in manifest.files
+    )
+    with pytest.raises(CheckpointCorrupt, match=r"fc\.weight.*160 elements|fc\.weight.*160"):
+        read(root.join(manifest.name), replace(manifest, files=files), rank=0, world_size=2)
 
 
 def test_buffers_that_differ_come_back_on_their_rank_and_a_changed_world_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import struct
@@ -245,6 +246,26 @@ def test_a_forked_child_may_not_fill(slab: SlabFile) -> None:
         os._exit(1 if slab.is_mine() else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert seen_from_outside(slab.path)[0], "a child's end must not cost the trainer its lock"
+
+
+def test_a_view_that_outlived_an_earlier_opening_does_not_take_the_locks_with_it(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    first = SlabFile(path)
+    assert first.fill()
+    view = memoryview(first.mapping)
+    first.close()
+    again = SlabFile(path)
+    assert again.fill()
+    again.slots[0].begin()
+    view.release()
+    del view, first
+    gc.collect()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if SlabFile(path).has_filler() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    again.close()
+    assert not slab_file._lingering
 
 
 def test_the_end_of_a_process_gives_its_locks_back(slab: SlabFile) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +15,12 @@ from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints.image import SIZES, TensorSpec
 from orchestrator.checkpoints.job import Layout, SlotResult
 from orchestrator.checkpoints.plan import layout
-from orchestrator.checkpoints.service import WriterService
-from orchestrator.checkpoints.slab import Owner, SlabFile
+from orchestrator.checkpoints.slab import Owner, slot_bytes_for
 from orchestrator.checkpoints.slab_stager import SlabStager
 from orchestrator.checkpoints.staging import DirectStager
 from tests.plugins.slab_saves import job
+from tests.plugins.thread_writer import ThreadWriter, slab_root
+from tests.unit.test_staging import peak_bytes
 
 OWNER = Owner(run="r1", attempt=1, rank=0, pid=os.getpid())
 NAMES = {
@@ -32,63 +30,21 @@ NAMES = {
 }  # fmt: skip
 
 
-class Writer:
-    """Writers in threads of this process, and a way to ask them without a socket."""
-
-    def __init__(self, root: Path) -> None:
-        self.service = WriterService(str(root), threads=2)
-        self.service.step(0.0)
-        self.is_there = True
-        self._thread: threading.Thread | None = None
-        self.rung = 0
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self.service.run)
-        self._thread.start()
-
-    def lease(self, slot_bytes: int, owner: Owner, *, slots: int = 2) -> SlabFile | None:
-        if not self.is_there:
-            raise ConnectionError("no writer")
-        given = self.service.lease(
-            slot_bytes, {"run": owner.run, "attempt": owner.attempt, "rank": owner.rank, "pid": owner.pid}, slots=slots
-        )
-        if not given["slots"]:
-            return None
-        slab = SlabFile(Path(given["slab"]))
-        assert slab.fill()
-        return slab
-
-    def ring(self) -> int:
-        self.rung += 1
-        self.service._ring()
-        return 1
-
-    def ensure(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self.service.stop()
-            self._thread.join()
-        self.service.close()
-
-
 @pytest.fixture
 def root() -> Iterator[Path]:
-    root = Path(tempfile.mkdtemp(prefix="orct-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    yield root / "r"
-    shutil.rmtree(root)
+    with slab_root() as root:
+        yield root
 
 
 @pytest.fixture
-def writer(root: Path) -> Iterator[Writer]:
-    writer = Writer(root)
+def writer(root: Path) -> Iterator[ThreadWriter]:
+    writer = ThreadWriter(root)
     yield writer
     writer.close()
 
 
 @pytest.fixture
-def stager(writer: Writer) -> Iterator[SlabStager]:
+def stager(writer: ThreadWriter) -> Iterator[SlabStager]:
     stager = made(writer, [])
     yield stager
     stager.close()
@@ -129,7 +85,7 @@ def saved(storage: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(storage / f"step_{step:08d}-a1" / "model/model-00001-of-00001.safetensors")
 
 
-def test_what_changes_after_the_return_is_not_saved(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+def test_what_changes_after_the_return_is_not_saved(writer: ThreadWriter, stager: SlabStager, tmp_path: Path) -> None:
     tensors = states()
     what = planned(tensors)
     stager.expect(*what[:2])
@@ -155,7 +111,7 @@ def test_what_changes_after_the_return_is_not_saved(writer: Writer, stager: Slab
     assert before != [bits(tensor) for tensor in tensors]
 
 
-def test_many_saves_in_turn_each_have_their_own_bits(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+def test_many_saves_in_turn_each_have_their_own_bits(writer: ThreadWriter, stager: SlabStager, tmp_path: Path) -> None:
     writer.start()
     tensors = [torch.zeros(1000) for _ in range(20)]
     what = planned(tensors)
@@ -176,7 +132,7 @@ def test_many_saves_in_turn_each_have_their_own_bits(writer: Writer, stager: Sla
         assert all(bool((found[f"t{n}"] == step * 100 + n).all()) for n in range(20))
 
 
-def test_without_a_free_slot_there_is_none(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+def test_without_a_free_slot_there_is_none(writer: ThreadWriter, stager: SlabStager, tmp_path: Path) -> None:
     what = planned([torch.ones(10)])
     for step in (1, 2):
         reservation = stager.reserve(*what[:2], patience=5)
@@ -193,7 +149,7 @@ def test_without_a_free_slot_there_is_none(writer: Writer, stager: SlabStager, t
     assert stager.reserve(*what[:2], patience=20) is not None
 
 
-def test_what_is_abandoned_is_free_again(writer: Writer, stager: SlabStager) -> None:
+def test_what_is_abandoned_is_free_again(writer: ThreadWriter, stager: SlabStager) -> None:
     what = planned([torch.ones(10)])
     for _ in range(5):
         reservation = stager.reserve(*what[:2], patience=5)
@@ -203,7 +159,7 @@ def test_what_is_abandoned_is_free_again(writer: Writer, stager: SlabStager) -> 
     assert stager.outcomes() == []
 
 
-def test_another_layout_takes_other_memory(writer: Writer, stager: SlabStager, tmp_path: Path) -> None:
+def test_another_layout_takes_other_memory(writer: ThreadWriter, stager: SlabStager, tmp_path: Path) -> None:
     """Adam's state comes with the first step: the second save is larger."""
     writer.start()
     for step, size in ((1, 1000), (2, 400_000), (3, 1000)):
@@ -220,19 +176,63 @@ def test_another_layout_takes_other_memory(writer: Writer, stager: SlabStager, t
     assert writer.service.health()["slab_bytes"] > 0
 
 
-def test_tensors_of_another_type_are_refused(writer: Writer, stager: SlabStager) -> None:
+def test_what_is_expected_is_prepared_before_the_first_save(writer: ThreadWriter, stager: SlabStager) -> None:
+    """Views and layout of both slots, also when the layout changes within the memory that is there."""
+    first, other = planned([torch.ones(2000)]), planned([torch.ones(1000), torch.ones(500)])
+    for what in (first, other):
+        stager.expect(*what[:2])
+        reservation = stager.reserve(*what[:2], patience=10)
+        assert reservation is not None
+        reservation.abandon()
+        lease = stager._lease
+        assert lease is not None
+        stager._end_preparing()
+        assert {index for index, signature in lease._places if signature == what[0].signature} == {0, 1}
+        if what is first:
+            assert lease._written == {0: what[0].signature, 1: what[0].signature}
+
+
+def test_with_one_slot_a_save_is_skipped_or_waits_while_it_is_full(writer: ThreadWriter, tmp_path: Path) -> None:
+    tensors = [torch.ones(300_000)]
+    what = planned(tensors)
+    writer.service._memory_bytes = int(1.5 * slot_bytes_for(what[0]))
+    said: list[tuple[str, str]] = []
+    stager = made(writer, said)
+    first = stager.reserve(*what[:2], patience=10)
+    assert first is not None
+    assert not first.is_direct
+    first.fill(what[2])
+    first.seal(job(tmp_path, 1))
+    assert stager.reserve(*what[:2], patience=0) is None
+    writer.start()
+    second = stager.reserve(*what[:2], patience=20)
+    assert second is not None
+    tensors[0].fill_(2)
+    second.fill(what[2])
+    second.seal(job(tmp_path, 2))
+    assert stager.wait(f"{2:032x}", 20).result is SlotResult.committed
+    assert [float(saved(tmp_path, step)["t0"][0]) for step in (1, 2)] == [1.0, 2.0]
+    assert said == []
+    stager.close()
+
+
+def test_tensors_of_another_type_are_refused(writer: ThreadWriter, stager: SlabStager) -> None:
     what = planned([torch.ones(10)])
     reservation = stager.reserve(*what[:2], patience=5)
     assert reservation is not None
     reservation.fill(what[2])
     with pytest.raises(ValueError, match="80 bytes"):
         reservation.fill([torch.ones(10, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="int32"):
+        reservation.fill([torch.ones(10, dtype=torch.int32)])
+    with pytest.raises(ValueError, match=r"\[2, 5\]"):
+        reservation.fill([torch.ones(2, 5)])
     with pytest.raises(ValueError, match="tensors"):
         reservation.fill([])
     reservation.abandon()
 
 
-def test_without_memory_saves_are_direct_and_it_is_said_once(root: Path, writer: Writer, tmp_path: Path) -> None:
+def test_without_memory_saves_are_direct_and_it_is_said_once(root: Path, writer: ThreadWriter, tmp_path: Path) -> None:
     writer.service._memory_bytes = 1
     said: list[tuple[str, str]] = []
     stager = made(writer, said)
@@ -249,7 +249,35 @@ def test_without_memory_saves_are_direct_and_it_is_said_once(root: Path, writer:
     stager.close()
 
 
-def test_without_a_writer_saves_are_direct(writer: Writer) -> None:
+def test_with_too_little_memory_a_state_is_streamed(root: Path, writer: ThreadWriter, tmp_path: Path) -> None:
+    """A budget of an eighth of it: nothing of the state's size is taken anywhere, in shared memory or of our own."""
+    size = 64 << 20
+    tensors = [torch.randn(size // 16), torch.randn(size // 32, 4).t(), torch.randn(size // 32, 4)[:, ::2]]
+    what = planned(tensors)
+    writer.service._memory_bytes = size // 8
+    pid = os.fork()  # the peak of a process begins anew with it
+    if pid == 0:
+        try:
+            stager = SlabStager(
+                writer, owner=OWNER, fallback=DirectStager(window_bytes=1 << 20), tell=lambda event, why: None
+            )  # type: ignore[arg-type]
+            peaks = []
+            for step, each in ((1, planned([tensor[:2] for tensor in tensors])), (2, what)):
+                reservation = stager.reserve(*each[:2], patience=5)
+                assert reservation is not None
+                reservation.fill(each[2])
+                reservation.seal(job(tmp_path, step))
+                peaks.append(peak_bytes())
+            os._exit(0 if reservation.is_direct and peaks[1] - peaks[0] < size // 4 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sum(path.stat().st_size for path in (root / "slabs").iterdir()) <= size // 8
+    found = saved(tmp_path, 2)
+    assert all(torch.equal(found[f"t{n}"], tensor) for n, tensor in enumerate(tensors))
+
+
+def test_without_a_writer_saves_are_direct(writer: ThreadWriter) -> None:
     writer.is_there = False
     said: list[tuple[str, str]] = []
     stager = made(writer, said)
@@ -261,7 +289,7 @@ def test_without_a_writer_saves_are_direct(writer: Writer) -> None:
     stager.close()
 
 
-def test_a_forked_child_does_not_touch_its_parents_memory(writer: Writer, stager: SlabStager) -> None:
+def test_a_forked_child_does_not_touch_its_parents_memory(writer: ThreadWriter, stager: SlabStager) -> None:
     what = planned([torch.ones(10)])
     reservation = stager.reserve(*what[:2], patience=5)
     assert reservation is not None
@@ -276,7 +304,7 @@ def test_a_forked_child_does_not_touch_its_parents_memory(writer: Writer, stager
     reservation.abandon()
 
 
-def test_what_was_sealed_when_the_stager_closes_is_written(writer: Writer, tmp_path: Path) -> None:
+def test_what_was_sealed_when_the_stager_closes_is_written(writer: ThreadWriter, tmp_path: Path) -> None:
     stager = made(writer, [])
     what = planned([torch.ones(10)])
     reservation = stager.reserve(*what[:2], patience=5)
@@ -290,7 +318,7 @@ def test_what_was_sealed_when_the_stager_closes_is_written(writer: Writer, tmp_p
 
 
 def test_memory_that_is_taken_away_is_no_silence(
-    writer: Writer, stager: SlabStager, tmp_path: Path, root: Path
+    writer: ThreadWriter, stager: SlabStager, tmp_path: Path, root: Path
 ) -> None:
     what = planned([torch.ones(10)])
     reservation = stager.reserve(*what[:2], patience=5)

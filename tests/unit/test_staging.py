@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,32 @@ def test_every_bit_is_as_it_is_in_memory(tmp_path: Path, window_bytes: int) -> N
         assert tensor.numel() == 0 or raw(tensor) == raw(loaded[name]), name
     assert (directory / "side" / "notes").read_bytes() == b"\x01\x02\x03"
     assert (directory / "side" / "nothing").read_bytes() == b""
+
+
+def test_what_is_not_in_one_piece_goes_through_the_window(tmp_path: Path) -> None:
+    """No copy of a whole tensor is made, let alone of the state."""
+    window_bytes, size = 1 << 20, 48 << 20
+    tensors = {
+        "turned": torch.randn(size // 12, 3).T, "every other": torch.randn(size // 8, 2)[:, 0],
+        "wide": torch.ones(1).expand(3, size // 12), "conj": torch.randn(size // 8, dtype=torch.complex64).conj(),
+    }  # fmt: skip
+    pid = os.fork()  # the largest size of a process begins anew with it
+    if pid == 0:
+        try:
+            saved(Storage(str(tmp_path)), {name: tensor[..., :9] for name, tensor in tensors.items()}, window_bytes)
+            before = peak_bytes()
+            saved(Storage(str(tmp_path / "there")), tensors, window_bytes)
+            os._exit(0 if peak_bytes() - before < 16 << 20 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    loaded = load_file(tmp_path / "there/step_00000001-a1/model/model-00001-of-00001.safetensors")
+    assert all(torch.equal(loaded[name], tensor.resolve_conj()) for name, tensor in tensors.items())
+
+
+def peak_bytes() -> int:
+    words = Path("/proc/self/status").read_text().split()
+    return 1024 * int(words[words.index("VmHWM:") + 1])
 
 
 def test_the_receipt_is_last_and_lists_what_was_written(tmp_path: Path) -> None:

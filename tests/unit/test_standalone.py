@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 import orchestrator
+from orchestrator.backends.storage import Storage
+from orchestrator.checkpoints.job import Layout
+from orchestrator.checkpoints.staging import DirectStager
 from orchestrator.clock import ManualClock
 from orchestrator.errors import UserError
 
@@ -25,7 +28,7 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.checkpoints = orchestrator.Checkpoints(str(url), **{"clock": ManualClock(), **settings})
+        self.checkpoints = orchestrator.Checkpoints(str(url), **{"clock": ManualClock(), "mode": "direct", **settings})
         self.state = self.checkpoints.state(model=self.model, optimizer=self.optimizer, extra={"seen": 0})
 
     def train(self, steps: int) -> None:
@@ -165,3 +168,31 @@ def test_a_mistyped_setting_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no setting 'keep_lastt'. Did you mean 'keep_last'\?"):
         orchestrator.Checkpoints(str(tmp_path), keep_lastt=3)
     assert list(tmp_path.iterdir()) == []
+
+
+class Asked(DirectStager):
+    """Notes for how many bytes it was asked to have room."""
+
+    def __init__(self, url: Path) -> None:
+        super().__init__(Storage(str(url)))
+        self.sizes: list[int] = []
+
+    def expect(self, layout: Layout, heads: Any) -> None:
+        self.sizes.append(layout.size_bytes)
+
+
+def test_room_is_asked_for_once_before_the_first_save(tmp_path: Path) -> None:
+    stager = Asked(tmp_path)
+    training = Training(tmp_path, stager=stager, every_steps=2)
+    assert training.checkpoints.load_latest(training.state) is None
+    assert stager.sizes == []  # the optimizer has no state yet
+    for step in range(1, 4):
+        training.train(1)
+        if training.checkpoints.due(step=step):
+            training.checkpoints.save(training.state, step=step)
+    assert len(stager.sizes) == 1
+    again = Asked(tmp_path)
+    restored = Training(tmp_path, stager=again, every_steps=2)
+    assert restored.checkpoints.load_latest(restored.state) is not None
+    restored.checkpoints.due(step=3)
+    assert again.sizes == stager.sizes

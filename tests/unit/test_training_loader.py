@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 from torch.utils.data.distributed import DistributedSampler
 
 from orchestrator.training.loader import CannotShard, ShardedLoader, ShardedSampler
-from orchestrator.training.seeds import derive
+from orchestrator.seeding import derive
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -578,6 +578,20 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     assert recorder.facts(FactKind.event) == []
 
 
+def test_a_full_one_is_called_so(tmp_path: Path) -> None:
+    policy = CheckpointPolicy(every_epochs=1, full_every_epochs=2, keep_last=0)
+    run, recorder = new_run(tmp_path, checkpoints=policy)
+    state = run.state(model=nn.Linear(1, 1))
+    for _ in run.epochs(4):
+        run.report({"a": 1.0}, state=state)
+    told = recorder.facts(FactKind.checkpoint)
+    assert [fact["kind"] for fact in told] == ["sharded", "full", "sharded", "full"]
+    assert told[1]["reasons"] == ("every_epochs", "full_every_epochs")
+    again, _ = new_run(tmp_path, attempt=2)
+    again.state(model=nn.Linear(1, 1))
+    assert again.epoch == 3
+
+
 def test_extras_and_files_come_back(tmp_path: Path) -> None:
     run, _ = new_run(tmp_path)
     run.save(run.state(model=nn.Linear(1, 1), extra={"best": 0.5}, files={"words": b"a b"}, seen=3))

@@ -26,7 +26,7 @@ def test_a_file_url_is_the_path_it_means() -> None:
 def test_logs_reach_a_directory_that_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = arrow_fs.SubTreeFileSystem(str(tmp_path / "bucket"), arrow_fs.LocalFileSystem())
     (tmp_path / "bucket").mkdir()
-    opened = SimpleNamespace(from_uri=lambda url: (bucket, url.removeprefix("gs://b/")))
+    opened = SimpleNamespace(from_uri=lambda url: (bucket, url.partition("?")[0].removeprefix("gs://b/")))
     monkeypatch.setattr(arrow_fs, "FileSystem", opened)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     remote = ticket("gs://b/runs/e/r1")

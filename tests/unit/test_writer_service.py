@@ -205,6 +205,47 @@ def test_given_up_when_a_rank_died_before_its_part_was_in_memory(world: World) -
     assert dead.slots[0].state is State.free
 
 
+def test_given_up_when_a_rank_died_at_its_seal(world: World) -> None:
+    """The save's token lies in the slot already when the word that seals it does not."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(point: str) -> None:
+        raise Killed
+
+    main, dead = world.trainer(0).slots[0], world.trainer(1)
+    put(main, plan(0, 2))
+    put(dead.slots[0], plan(1, 2))
+    slab_file.watch(dies)
+    with pytest.raises(Killed):
+        dead.slots[0].seal(job(world.storage, rank=1, world_size=2))
+    slab_file.watch(None)
+    dead.stop_filling()
+    world.steps()  # what was being filled is free again before anybody asks for it
+    assert dead.slots[0].save == job(world.storage).save
+    main.seal(job(world.storage, rank=0, world_size=2))
+    world.steps()
+    given_up(world, main, "rank 1 died")
+
+
+def test_not_given_up_for_memory_that_a_rank_has_left_behind(world: World) -> None:
+    """Adam's state came with the first step: rank 1 has larger memory now, and is about to fill it."""
+    main, old, new = world.trainer(0).slots[0], world.trainer(1), world.trainer(1)
+    old.stop_filling()
+    put(main, plan(0, 2))
+    put(new.slots[0], plan(1, 2))
+    main.seal(job(world.storage, rank=0, world_size=2))
+    world.steps()
+    world.clock.advance(1.0)
+    world.steps()
+    assert main.state is State.written, "it waits for rank 1"
+    new.slots[0].seal(job(world.storage, rank=1, world_size=2))
+    world.clock.advance(1.0)
+    world.steps()
+    assert len(scan(Storage(str(world.storage))).committed) == 1
+
+
 def test_not_given_up_when_the_dead_ranks_part_is_durable(world: World) -> None:
     """Rank 1 had begun its next save when it died; rank 2 is on another host."""
     main, dead = world.trainer(0).slots[0], world.trainer(1)
@@ -299,7 +340,7 @@ def test_a_damaged_slot_is_told_and_freed(world: World) -> None:
 
 
 def test_retention_that_fails_costs_no_checkpoint(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(keeping.catalog, "remove", fail)
@@ -312,6 +353,31 @@ def test_retention_that_fails_costs_no_checkpoint(world: World, monkeypatch: pyt
     assert result is not None
     assert result.result is SlotResult.committed
     assert "Input/output" in result.why
+
+
+@pytest.mark.parametrize("is_trainer_dead", [False, True])
+def test_what_went_for_the_experiments_quota_is_told(world: World, tmp_path: Path, is_trainer_dead: bool) -> None:
+    """By the trainer, who gets it with the outcome, or by the writer in its place."""
+    neighbour, mine = (tmp_path / "runs" / "digits" / run / "checkpoints" for run in ("r0", "r1"))
+    slab = world.trainer()
+    (slot, _) = slab.slots
+    for step in (1, 2):
+        put(slot, PLAN)
+        slot.seal(job(neighbour, step, run="r0"))
+        world.steps()
+    size = scan(Storage(str(neighbour))).committed[0].size_bytes
+    put(slot, PLAN)
+    keep = KeepRules(last=0, quota_bytes=2 * size + 100)
+    slot.seal(job(mine, 3, keep=keep, spools=str(tmp_path / "spools")))
+    if is_trainer_dead:
+        slab.stop_filling()
+    world.steps()
+    assert [manifest.step for manifest in scan(Storage(str(neighbour))).committed] == [2]
+    result = slot.result(3)
+    assert result is not None
+    assert "r0/step_00000001-a1" in result.for_quota
+    told = b"".join(file.read_bytes() for file in (tmp_path / "spools").rglob("*") if file.is_file())
+    assert (b"checkpoint-quota" in told) == is_trainer_dead
 
 
 def test_what_no_rule_keeps_is_deleted_and_told(world: World) -> None:

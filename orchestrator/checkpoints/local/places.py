@@ -45,17 +45,17 @@ def output(root: Path) -> Path:
 
 
 def request_socket(root: Path) -> Path:
-    return _sockets(root) / "socket"
+    return sockets(root) / "socket"
 
 
 def bell(root: Path, member: int) -> Path:
-    return _sockets(root) / f"{member}.bell"
+    return sockets(root) / f"{member}.bell"
 
 
 def bells(root: Path) -> list[Path]:
     """Those of all members that there are, or that were killed."""
     try:
-        with os.scandir(_sockets(root)) as found:
+        with os.scandir(sockets(root)) as found:
             return [Path(entry.path) for entry in found if entry.name.endswith(".bell")]
     except FileNotFoundError:
         return []
@@ -68,7 +68,7 @@ def prepare(root: Path) -> None:
     kind = file_system_of(root)
     if kind in _NETWORK:
         raise OSError(95, f"staging memory cannot be on a network file system ({kind})", str(root))
-    for directory in (slabs(root), members(root), _sockets(root)):
+    for directory in (slabs(root), members(root), sockets(root)):
         private_directory(directory)
 
 
@@ -79,7 +79,7 @@ def private_directory(directory: Path) -> None:
         raise PermissionError(13, "is not ours alone (owner, mode 0700)", str(directory))
 
 
-def _sockets(root: Path) -> Path:
+def sockets(root: Path) -> Path:
     """In the root; where that path is too long for a socket, a directory of ours in /tmp (not in TMPDIR, which may
     differ between those who have to meet there)."""
     near = root / "members"
