@@ -35,12 +35,14 @@ def start_services(stack: Stack) -> dict[str, Any]:
     """Starts what is not there and waits until each answers. Returns what each says of itself."""
     import ray
 
-    from actors import mirrors, node_agents, tracker
-    from orchestrator.execution.handles import node_agent
+    from actors import checkpoint_writers, mirrors, node_agents, tracker
+    from orchestrator.execution.handles import give_up, our_actors, surplus_writers
 
     ray.init(address=stack.ray_address, namespace="orc", log_to_driver=False, logging_level=logging.ERROR)
     home = Path(stack.home)
     spools = stack.spool_directory
+    count = stack.checkpoint_writers if stack.slab_directory else 0
+    writing = checkpoint_writers.settings(stack.slab_directory, stack.checkpoint_memory_gb, spools, stack.debug)
     tracker_settings = {
         "log_directory": str(home / "wal"),
         "database_url": stack.database_url,
@@ -48,6 +50,9 @@ def start_services(stack: Stack) -> dict[str, Any]:
         "lease": 15.0,
         "agent_options": node_agents.OPTIONS.to_ray(),
         "monitoring": stack.monitoring,
+        "writers": count,
+        "writer_options": checkpoint_writers.OPTIONS.to_ray(),
+        "writer_settings": writing,
         "redis_url": stack.redis_url,
     }
     mirror_settings = {
@@ -60,16 +65,26 @@ def start_services(stack: Stack) -> dict[str, Any]:
         "mirror": _start(mirrors.start, {**mirror_settings, **logging_settings}, mirrors.OPTIONS.name),
     }
     agents = node_agents.agents(spools, stack.debug, stack.monitoring)
-    wanted = {"spool_directory": spools, "debug": stack.debug, "monitoring": stack.monitoring}
+    sampling = {"spool_directory": spools, "debug": stack.debug, "monitoring": stack.monitoring}
+    kinds = [(agents, sampling), *((writers, writing) for writers in checkpoint_writers.writers(count, writing))]
     nodes = sorted(agents.living_nodes())
-    started = {node_id: agents.start(node_id) for node_id in nodes}
-    for node_id, agent in started.items():
-        name = node_agent(node_id)
-        described[name] = ray.get(agent.describe.remote(), timeout=60)
-        if {setting: described[name][setting] for setting in wanted} != wanted:
-            ray.kill(agent, no_restart=True)
-            _wait_until_gone(name, agent)
-            described[name] = ray.get(agents.start(node_id).describe.remote(), timeout=60)
+    started = [(kind, told, node_id, kind.start(node_id)) for kind, told in kinds for node_id in nodes]
+    for kind, told, node_id, actor in started:
+        described[kind.name_of(node_id)] = _with_settings(kind, told, node_id, actor)
+    for name in surplus_writers(our_actors(), count):
+        give_up(name)
+    return described
+
+
+def _with_settings(kind: Any, wanted: Mapping[str, Any], node_id: str, actor: Any) -> dict[str, Any]:
+    """What the actor of a node says of itself; one with other settings is replaced."""
+    import ray
+
+    described = ray.get(actor.describe.remote(), timeout=60)
+    if {setting: described.get(setting) for setting in wanted} != wanted:
+        ray.kill(actor, no_restart=True)
+        _wait_until_gone(kind.name_of(node_id), actor)
+        described = ray.get(kind.start(node_id).describe.remote(), timeout=60)
     return described
 
 
@@ -88,7 +103,7 @@ def _start(start: Any, settings: Mapping[str, Any], name: str) -> dict[str, Any]
 
 
 def _wait_until_gone(name: str, actor: Any) -> None:
-    """Until the name is free, or another actor has it: the tracker starts agents, too."""
+    """Until the name is free, or another actor has it: the tracker starts agents and writers, too."""
     import ray
 
     deadline = time.monotonic() + 30

@@ -6,7 +6,7 @@ The tracker's process starts them where nodes join later; see orchestrator/execu
 from __future__ import annotations
 
 from actors.options import ActorOptions
-from orchestrator.execution.handles import NAMESPACE, RemoteAgents, node_agent
+from orchestrator.execution.handles import NAMESPACE, NODE_AGENTS, RemoteAgents, node_agent
 from orchestrator.execution.services import NodeProcess
 
 OPTIONS = ActorOptions(
@@ -18,4 +18,4 @@ OPTIONS = ActorOptions(
 
 def agents(spool_directory: str, debug: str = "", monitoring: float = 0.0) -> RemoteAgents:
     """Those of this cluster, and how one is started."""
-    return RemoteAgents(NodeProcess, OPTIONS.to_ray(), spool_directory, debug, monitoring)
+    return RemoteAgents(NodeProcess, OPTIONS.to_ray(), NODE_AGENTS, (spool_directory, debug, monitoring))

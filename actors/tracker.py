@@ -27,6 +27,9 @@ def start(
     lease: float,
     agent_options: Mapping[str, Any],
     monitoring: float,
+    writers: int,
+    writer_options: Mapping[str, Any],
+    writer_settings: Mapping[str, Any],
     redis_url: str,
     logs: str,
     debug: str,
@@ -35,5 +38,6 @@ def start(
     """The running tracker, started if there is none."""
     actor = ray.remote(TrackerProcess).options(**OPTIONS.to_ray())
     return actor.remote(
-        log_directory, database_url, spool_directory, lease, agent_options, monitoring, redis_url, logs, debug, settings
-    )
+        log_directory, database_url, spool_directory, lease, agent_options, monitoring, writers, writer_options,
+        writer_settings, redis_url, logs, debug, settings,
+    )  # fmt: skip

@@ -75,7 +75,7 @@ def _up(arguments: argparse.Namespace) -> int:
     if arguments.json:
         found = stack_status.parts(stack)
         copies = stack_status.sinks(stack, time.time())
-        print(json.dumps(stack_status.document(stack, found, copies), indent=2))
+        print(json.dumps(stack_status.document(stack, found, copies, stack_status.writers(stack)), indent=2))
         return OK if stack_status.is_up(found) else FAILED
     return OK
 
@@ -107,7 +107,7 @@ def _status(arguments: argparse.Namespace) -> int:
     found = stack_status.parts(stack)
     copies = stack_status.sinks(stack, time.time())
     if arguments.json:
-        print(json.dumps(stack_status.document(stack, found, copies), indent=2))
+        print(json.dumps(stack_status.document(stack, found, copies, stack_status.writers(stack)), indent=2))
     else:
         rows = [
             (part.name, part.status, part.version, "" if part.latency_ms is None else f"{part.latency_ms:.1f} ms",
@@ -119,6 +119,15 @@ def _status(arguments: argparse.Namespace) -> int:
             lags = [(c.name, c.status, f"{c.points:,}", f"{c.seconds:.1f} s", f"{c.runs:,}", c.why) for c in copies]
             print()
             _table(("copies to", "status", "points behind", "time behind", "runs behind", "why"), lags)
+        writing = stack_status.writers(stack)
+        waiting = (
+            f"{writing.pending_bytes / 1e6:,.1f} MB",
+            f"{writing.oldest:.1f} s",
+            f"{writing.memory_bytes / 1e6:,.1f} MB",
+        )
+        print()
+        heads = ("checkpoints", "status", "not written", "bytes", "oldest", "memory", "why")
+        _table(heads, [("writers here", writing.status, str(writing.pending), *waiting, writing.why)])
     return OK if stack_status.is_up(found) else FAILED
 
 

@@ -1,4 +1,6 @@
-"""`status`: each part of a stack, up or why not; and how far each copy of the record is behind."""
+"""`status`: each part of a stack, up or why not; how far each copy of the record is behind; and which checkpoints are
+still on their way to the storage.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from typing import Any
 from cluster import api_server, ports, ray_head, web
 from orchestrator.backends import postgres
 from orchestrator.backends import redis as redis_backend
+from orchestrator.checkpoints.local import places
+from orchestrator.checkpoints.local.requests import ask
 from orchestrator.config import redact_url
 from orchestrator.errors import SchemaMismatch, ServiceUnavailable, UserError
 from orchestrator.stack import Stack
@@ -75,6 +79,40 @@ def sink(lag: SinkLag, now: float) -> Sink:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writers:
+    """What the checkpoint writers of this machine have before them; see `checkpoints/service.py`."""
+
+    status: str
+    """up; down (nobody answers, though there should be one); idle (nobody answers, and nobody need be there)."""
+    root: str
+    """Where trainers hand checkpoints over."""
+    pending: int = 0
+    """Parts of checkpoints, one per rank, that are in memory and not in the storage yet."""
+    pending_bytes: int = 0
+    oldest: float = 0.0
+    """Seconds since the oldest of them was handed over."""
+    memory_bytes: int = 0
+    """Taken by what is kept for trainers."""
+    why: str = ""
+    """The last error."""
+
+
+def writers(stack: Stack) -> Writers:
+    """Asked of the one that serves this machine, over its socket."""
+    root = Path(stack.slab_directory) if stack.slab_directory else places.slab_root(stack.home)
+    try:
+        health = ask(places.request_socket(root), "health", {}, 3.0)
+    except OSError as error:
+        is_wanted = bool(stack.ray_address and stack.slab_directory and stack.checkpoint_writers)
+        why = f"{error.strerror or error}: run `orc up`." if is_wanted else ""
+        return Writers(status="down" if is_wanted else "idle", root=str(root), why=why)
+    return Writers(
+        status="up", root=str(root), pending=health["pending"], pending_bytes=health["pending_bytes"],
+        oldest=health["oldest"], memory_bytes=health["slab_bytes"], why=redact_url(health["last_error"]),
+    )  # fmt: skip
+
+
 def parts(stack: Stack) -> list[Part]:
     """All parts, asked at the same time."""
     asked: list[Callable[[Stack], list[Part]]] = [database, redis, mlflow, api, ray]
@@ -82,7 +120,7 @@ def parts(stack: Stack) -> list[Part]:
         return [part for answer in pool.map(lambda ask: ask(stack), asked) for part in answer]
 
 
-def document(stack: Stack, found: list[Part], copies: list[Sink]) -> dict[str, Any]:
+def document(stack: Stack, found: list[Part], copies: list[Sink], writing: Writers) -> dict[str, Any]:
     """What `status --json` prints."""
     return {
         "home": stack.home,
@@ -90,6 +128,7 @@ def document(stack: Stack, found: list[Part], copies: list[Sink]) -> dict[str, A
         "storage": redact_url(stack.storage_url),
         "parts": [asdict(part) for part in found],
         "sinks": [asdict(one) for one in copies],
+        "checkpoint_writers": asdict(writing),
     }
 
 

@@ -32,6 +32,7 @@ from cluster.progress import Progress
 from orchestrator import application
 from orchestrator.backends import postgres
 from orchestrator.backends import redis as redis_backend
+from orchestrator.checkpoints.local.places import slab_root
 from orchestrator.errors import ConfigError, ServiceUnavailable
 from orchestrator.stack import EMBEDDED, Stack, StackSettings
 from orchestrator.store import migrate
@@ -85,6 +86,10 @@ def up(home: Path, settings: StackSettings, progress: Progress) -> Stack:
         pieces.put(storage_url=wanted.storage.url or str(home / "runs"))
         pieces.remember("tracking.spool_dir", wanted.tracking.spool_dir)
         pieces.put(spool_directory=wanted.tracking.spool_dir or str(home / "spools"), debug=wanted.tracking.debug)
+        slabs, memory = wanted.checkpoints.slab_dir, wanted.checkpoints.memory_gb
+        pieces.remember("checkpoints.slab_dir", slabs)
+        pieces.put(slab_directory=slabs or str(slab_root(str(home))))
+        pieces.put(checkpoint_writers=wanted.checkpoints.writers, checkpoint_memory_gb=memory)
         pieces.remember("tensorboard.enabled", wanted.tensorboard.enabled)
         pieces.remember("tensorboard.directory", wanted.tensorboard.directory)
         pieces.put(tensorboard_directory=_event_files(home, wanted))
@@ -114,6 +119,7 @@ def remembered(settings: StackSettings, before: Stack | None) -> StackSettings:
         (wanted.ray, "address", "ray.address"), (wanted.storage, "url", "storage.url"),
         (wanted.redis, "url", "redis.url"), (wanted.api, "host", "api.host"),
         (wanted.tracking, "spool_dir", "tracking.spool_dir"),
+        (wanted.checkpoints, "slab_dir", "checkpoints.slab_dir"),
         (wanted.tensorboard, "enabled", "tensorboard.enabled"),
         (wanted.tensorboard, "directory", "tensorboard.directory"),
     ):  # fmt: skip
@@ -195,6 +201,9 @@ def refuse_changes(home: Path, wanted: StackSettings, before: Stack | None) -> N
         )  # fmt: skip
     if ray_runs and wanted.ray.address:
         raise ConfigError("ray.address", wanted.ray.address, "this stack runs its own Ray head.", advice)
+    slabs = wanted.checkpoints.slab_dir or str(slab_root(str(home)))
+    if ray_runs and slabs != (before.slab_directory or slabs):  # what is sealed there would find no writer
+        raise ConfigError("checkpoints.slab_dir", slabs, f"checkpoints go through {before.slab_directory}.", advice)
     for key, port, entry, name, runs in (
         ("mlflow.port", wanted.mlflow.port, mlflow, "port", mlflow_runs),
         ("api.port", wanted.api.port, api, "port", api_runs),
@@ -536,7 +545,8 @@ def _services(pieces: Pieces, progress: Progress) -> None:
     """Our actors, see actors/bootstrap.py. Skipped when they live and were started with the same settings."""
     stack = pieces.stack
     servers = [stack.database_url, stack.sinks(), stack.ray_address, stack.redis_url]
-    told = json.dumps([*servers, stack.debug, stack.monitoring])
+    writing = [stack.slab_directory, stack.checkpoint_writers, stack.checkpoint_memory_gb]
+    told = json.dumps([*servers, stack.debug, stack.monitoring, *writing])
     fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
     with progress.step("services") as step:
         entry = stack.services

@@ -1,4 +1,6 @@
-"""An agent on every node: started where one joins, given up where one is gone. Run by the tracker's process."""
+"""An agent, and each checkpoint writer, on every node: started where one joins, given up where one is gone. Run by the
+tracker's process.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class Agents(Protocol):
-    """What there is, and what can be done about it; `handles.RemoteAgents`. Any call may raise."""
+    """What there is of one kind, and what can be done about it; `handles.RemoteAgents`. Any call may raise."""
 
     def living_nodes(self) -> set[str]: ...
     def present(self) -> set[str]: ...
+    def name_of(self, node_id: str) -> str: ...
     def start(self, node_id: str) -> Any: ...
     def give_up(self, name: str) -> None: ...
 
@@ -32,13 +35,13 @@ def to_give_up(living: Iterable[str], present: Iterable[str], name_of: Callable[
 
 
 class AgentWatch:
-    """Keeps one agent on every living node. `step` looks once; `run` repeats it until `stop`."""
+    """Keeps one actor of each kind on every living node. `step` looks once; `run` repeats it until `stop`."""
 
     PAUSE = 1.0
     """Seconds between looks: how long a node that joins may be without an agent."""
 
-    def __init__(self, agents: Agents, name_of: Callable[[str], str]) -> None:
-        self._agents, self._name_of = agents, name_of
+    def __init__(self, *kinds: Agents) -> None:
+        self._kinds = kinds
         self._stop = threading.Event()
         self._is_failing = False
 
@@ -57,13 +60,18 @@ class AgentWatch:
         self._stop.set()
 
     def step(self) -> None:
-        # In this order: an agent that starts in between belongs to a node that is counted as living.
-        present = self._agents.present()
-        living = self._agents.living_nodes()
-        for node in to_start(living, present, self._name_of):
-            logger.info("starting an agent on node %s", node)
-            self._agents.start(node)
-        if living:
-            for name in to_give_up(living, present, self._name_of):
-                logger.info("the node of %s is gone", name)
-                self._agents.give_up(name)
+        for agents in self._kinds:
+            _look_after(agents)
+
+
+def _look_after(agents: Agents) -> None:
+    # In this order: an agent that starts in between belongs to a node that is counted as living.
+    present = agents.present()
+    living = agents.living_nodes()
+    for node in to_start(living, present, agents.name_of):
+        logger.info("starting %s", agents.name_of(node))
+        agents.start(node)
+    if living:
+        for name in to_give_up(living, present, agents.name_of):
+            logger.info("the node of %s is gone", name)
+            agents.give_up(name)

@@ -1,5 +1,5 @@
-"""Finds our services on the cluster, speaks to them, starts node agents. The only library module that waits for Ray
-calls.
+"""Finds our services on the cluster, speaks to them, starts those that every node has. The only library module that
+waits for Ray calls.
 
 A service may die and come back under its name at any time, so a call looks its handle up again when the last one
 failed. Ray's own exceptions end here: callers see ConnectionError, TimeoutError, or the service's own error.
@@ -7,8 +7,9 @@ failed. Ray's own exceptions end here: callers see ConnectionError, TimeoutError
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,12 +21,47 @@ from orchestrator.records import Ack, RunSpec, RunTicket
 NAMESPACE = "orc"
 TRACKER = "orc-tracker"
 MIRROR = "orc-mirror"
-_NODE_AGENT = "orc-node-agent-"
+
+
+@dataclass(frozen=True, slots=True)
+class PerNode:
+    """The names of actors of which every node has one: `<before><12 of the node's id><after>`."""
+
+    before: str
+    after: str = ""
+
+    def name(self, node_id: str) -> str:
+        return f"{self.before}{node_id[:12]}{self.after}"
+
+    def names(self, name: str) -> bool:
+        """Whether it is one of these names."""
+        # A run's own actors have a slash in their names, whatever the run is called.
+        return name.startswith(self.before) and name.endswith(self.after) and "/" not in name
+
+
+NODE_AGENTS = PerNode("orc-node-agent-")
+_CHECKPOINT_WRITER = "orc-checkpoint-writer-"
+
+
+def checkpoint_writers(index: int) -> PerNode:
+    """Every node's writer of that number, from 0."""
+    return PerNode(_CHECKPOINT_WRITER, f"-{index}")
 
 
 def node_agent(node_id: str) -> str:
     """Name of the agent of one node."""
-    return f"{_NODE_AGENT}{node_id[:12]}"
+    return NODE_AGENTS.name(node_id)
+
+
+def checkpoint_writer(node_id: str, index: int) -> str:
+    """Name of one of a node's checkpoint writers."""
+    return checkpoint_writers(index).name(node_id)
+
+
+def surplus_writers(names: Iterable[str], count: int) -> list[str]:
+    """Those whose number is not below `count`: they are left from settings with more writers."""
+    numbers = {name: name.rpartition("-")[2] for name in names if PerNode(_CHECKPOINT_WRITER).names(name)}
+    return sorted(name for name, number in numbers.items() if number.isdigit() and int(number) >= count)
 
 
 class Remote:
@@ -88,43 +124,50 @@ class RemoteTracker:
         return self._remote.call("health")
 
 
-class RemoteAgents:
-    """The node agents of the cluster: which there are, and how one is started or given up.
+def our_actors() -> list[str]:
+    """Names of our actors that run, or that Ray tries to start again."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
 
-    `options` are Ray's, from `actors/options.py`, without what differs from node to node.
+
+def give_up(name: str) -> None:
+    """Ends an actor that Ray would start again for ever."""
+    try:
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    except ValueError:
+        return  # gone already
+
+
+class RemoteAgents:
+    """One kind of actor of which every node has one: which there are, and how one is started or given up.
+
+    `options` are Ray's, from `actors/options.py`, without what differs from node to node; `arguments` those of
+    `process`.
     """
 
     def __init__(
-        self,
-        process: type,
-        options: Mapping[str, Any],
-        spool_directory: str,
-        debug: str = "",
-        monitoring: float = 0.0,
+        self, process: type, options: Mapping[str, Any], names: PerNode, arguments: Sequence[Any] = ()
     ) -> None:
-        self._process, self._options, self._arguments = process, options, (spool_directory, debug, monitoring)
+        self._process, self._options, self._names, self._arguments = process, options, names, tuple(arguments)
 
     def living_nodes(self) -> set[str]:
         return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def present(self) -> set[str]:
-        """Names of agents that run, or that Ray tries to start again."""
-        named = ray.util.list_named_actors(all_namespaces=True)
-        names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
-        # A run's own actors have a slash in their names, whatever the run is called.
-        return {name for name in names if name.startswith(_NODE_AGENT) and "/" not in name}
+        """Names of those that run, or that Ray tries to start again."""
+        return {name for name in our_actors() if self._names.names(name)}
+
+    def name_of(self, node_id: str) -> str:
+        return self._names.name(node_id)
 
     def start(self, node_id: str) -> Any:
-        """The agent of a node, started if there is none. Does not wait for it."""
-        own = {"name": node_agent(node_id), "label_selector": {"ray.io/node-id": node_id}}
+        """The one of a node, started if there is none. Does not wait for it."""
+        own = {"name": self._names.name(node_id), "label_selector": {"ray.io/node-id": node_id}}
         return ray.remote(self._process).options(**{**self._options, **own}).remote(*self._arguments)
 
     def give_up(self, name: str) -> None:
-        """Ends an agent whose node is gone; Ray would try to start it there for ever."""
-        try:
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
-        except ValueError:
-            return  # gone already
+        """Ends one whose node is gone; Ray would try to start it there for ever."""
+        give_up(name)
 
 
 def ask_agents(node_ids: Sequence[str], method: str, *args: Any, timeout: float) -> dict[str, Any]:

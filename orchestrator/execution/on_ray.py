@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class OnRay:
     def fit(self, plan: Plan, settings: Settings) -> str:
         from orchestrator.execution.trainer import torch_trainer
 
+        if self._stack.checkpoint_writers:
+            plan = replace(plan, slab_directory=self._stack.slab_directory)
         identity = Identity.of(plan.ticket)
         if submission_id():
             tell_submitted_job(submission_id(), plan.ticket)

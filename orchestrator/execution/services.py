@@ -4,17 +4,21 @@ run.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoints.service import WriterService
 from orchestrator.config.redaction import url_passwords
 from orchestrator.directory.service import DirectoryService
 from orchestrator.execution.agents import AgentWatch
-from orchestrator.execution.handles import RemoteAgents, RemoteTracker, node_agent
+from orchestrator.execution.handles import NODE_AGENTS, RemoteAgents, RemoteTracker, checkpoint_writers
 from orchestrator.execution.shared_storage import read_marker
 from orchestrator.json_logs import keep_service_log
 from orchestrator.monitoring.sampler import SystemSampler
@@ -24,9 +28,16 @@ from orchestrator.tracking.mirrors import Mirrors, Sinks
 from orchestrator.tracking.service import TrackerService
 from orchestrator.tracking.shipper import Shipper
 
+logger = logging.getLogger(__name__)
+
+NICENESS = 5
+"""Of checkpoint writers: the trainers' processors come first."""
+TRY_AGAIN = 10.0
+"""Seconds between two tries of a checkpoint writer to use its directory."""
+
 
 def _node_logs(spool_directory: str) -> list[Path]:
-    """Where an agent's own log goes, on its node: beside the spools in a data directory, else among them."""
+    """Where the own log of what every node has goes: beside the spools in a data directory, else among them."""
     spools = Path(spool_directory)
     return [*([spools.parent / "logs"] if spools.name == "spools" else []), spools / ".logs"]
 
@@ -34,7 +45,7 @@ def _node_logs(spool_directory: str) -> list[Path]:
 class TrackerProcess(TrackerService):
     """The tracker with its loops running. After a crash Ray starts it with the same arguments; its log has the rest.
 
-    Also sees to an agent on every node, with `agent_options` (Ray's).
+    Also sees to an agent and `writers` checkpoint writers on every node, with the options (Ray's) and arguments given.
     """
 
     def __init__(
@@ -45,6 +56,9 @@ class TrackerProcess(TrackerService):
         lease: float,
         agent_options: Mapping[str, Any],
         monitoring: float,
+        writers: int,
+        writer_options: Mapping[str, Any],
+        writer_settings: Mapping[str, Any],
         redis_url: str,
         logs: str,
         debug: str,
@@ -59,7 +73,10 @@ class TrackerProcess(TrackerService):
             redis_url=redis_url,
         )  # fmt: skip
         self.start()
-        watch = AgentWatch(RemoteAgents(NodeProcess, agent_options, spool_directory, debug, monitoring), node_agent)
+        watch = AgentWatch(
+            RemoteAgents(NodeProcess, agent_options, NODE_AGENTS, (spool_directory, debug, monitoring)),
+            *remote_writers(writers, writer_options, writer_settings),
+        )
         threading.Thread(target=watch.run, name="agents", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
@@ -118,3 +135,72 @@ class NodeProcess:
     def read_marker(self, path: str, token: str) -> str:
         """Whether this node sees the file; see shared_storage.py."""
         return read_marker(path, token)
+
+
+class CheckpointWriterProcess:
+    """A checkpoint writer of one node: gives trainers memory under `root`, takes what they sealed there to the storage.
+
+    All state is in that memory and in the storage: what one that dies had begun, the next one ends, also after its
+    trainers are gone. Several under one root (of one node, or of several nodes of one machine) divide the work.
+    `memory_bytes` is what all memory under `root` may be together; 0: what the machine has.
+    """
+
+    def __init__(self, root: str, memory_bytes: int, spool_directory: str, debug: str) -> None:
+        keep_service_log(
+            f"checkpoint-writer-{socket.gethostname()}", _node_logs(spool_directory), components=debug.split(",")
+        )
+        self._settings = {
+            "root": root, "memory_bytes": memory_bytes, "spool_directory": spool_directory, "debug": debug,
+        }  # fmt: skip
+        self._service: WriterService | None = None
+        self._why = ""
+        with contextlib.suppress(OSError):
+            os.nice(NICENESS)
+        self._open()
+        threading.Thread(target=self._run, name="writer-0", daemon=True).start()
+
+    def describe(self) -> dict[str, Any]:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "why": self._why}
+        return {**(self._service.describe() if self._service else {}), **about, **self._settings}
+
+    def health(self) -> dict[str, Any]:
+        """As WriterService's; where its directory cannot be used, only `last_error`."""
+        return self._service.health() if self._service else {"pending": 0, "oldest": 0.0, "last_error": self._why}
+
+    def _open(self) -> None:
+        """A directory that cannot be used is said, not raised: Ray would start us again every second."""
+        try:
+            service = WriterService(str(self._settings["root"]), memory_bytes=int(str(self._settings["memory_bytes"])))
+        except OSError as error:
+            if not self._why:
+                logger.warning("no checkpoint goes through memory on this node: %s", error)
+            self._why = str(error)
+            return
+        service.serve()
+        self._service, self._why = service, ""
+
+    def _run(self) -> None:
+        while self._service is None:
+            time.sleep(TRY_AGAIN)
+            self._open()
+        threading.Thread(
+            target=self._watch, args=(Path(str(self._settings["root"])),), name="watch", daemon=True
+        ).start()
+        self._service.run()
+        os._exit(1)  # somebody asked it to stop: Ray starts it again, if the node shall have one
+
+    def _watch(self, root: Path) -> None:
+        """Without its directory a writer is deaf; Ray starts one that makes it again."""
+        while root.is_dir():
+            time.sleep(1.0)
+        logger.warning("%s was removed; beginning anew", root)
+        os._exit(1)
+
+
+def remote_writers(count: int, options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[RemoteAgents]:
+    """The checkpoint writers of the cluster, one kind for each of a node's numbers. `settings` are the arguments of
+    CheckpointWriterProcess."""
+    arguments = [settings[name] for name in ("root", "memory_bytes", "spool_directory", "debug")]
+    return [
+        RemoteAgents(CheckpointWriterProcess, options, checkpoint_writers(index), arguments) for index in range(count)
+    ]

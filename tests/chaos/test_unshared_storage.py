@@ -28,6 +28,7 @@ def orc() -> Iterator[Orc]:
         own.environment |= nodes.environment
         nodes.add("127.0.0.3", cpus=1)
         own.orc("up", f"ray.address={nodes.address}", "mlflow.enabled=false")
+        nodes.remove_at_end(Path(Orc(own).stack.slab_directory))
         runs = own.home / "runs"
         runs.mkdir(exist_ok=True)
         with nodes.apart(APART, hidden=runs, cpus=1):

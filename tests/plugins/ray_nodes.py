@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ class RayNodes:
         from cluster import ports  # the other end of the pipe has no use, and no path, for it
 
         self._directory = directory
+        self._doomed: list[Path] = []
         token = directory / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -104,10 +106,16 @@ class RayNodes:
                     part.kill()
             psutil.wait_procs(tree, timeout=10)
 
+    def remove_at_end(self, directory: Path) -> None:
+        """What services on the nodes use to their end: the slab root."""
+        self._doomed.append(directory)
+
     def stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        for directory in self._doomed:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _ask(self, what: str, **more: Any) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -29,10 +29,18 @@ class Nodes:
     orc: Orc
 
     def agents(self) -> set[str]:
-        """Those that live, by the beginning of their node's id."""
+        """Nodes whose agent and whose checkpoint writer live, by the beginning of their id."""
+        agents = {name.rpartition("-")[2] for name in self._living() if "agent" in name}
+        return agents & {name.split("-")[3] for name in self._living() if "checkpoint-writer" in name}
+
+    def anyone(self) -> set[str]:
+        """Nodes of which there is an agent or a writer."""
+        return {word for name in self._living() for word in name.split("-")}
+
+    def _living(self) -> list[str]:
         token = self.nodes.environment["RAY_AUTH_TOKEN_PATH"]
         states = ray_head.services(self.orc.stack.ray_dashboard, token)
-        return {name.rpartition("-")[2] for name, state in states.items() if "agent" in name and state == "ALIVE"}
+        return [name for name, state in states.items() if state == "ALIVE"]
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +51,19 @@ def cluster() -> Iterator[Nodes]:
         own.environment |= nodes.environment
         first, second = nodes.add("127.0.0.3"), nodes.add("127.0.0.4")
         own.orc("up", f"ray.address={nodes.address}", "mlflow.enabled=false")
+        nodes.remove_at_end(Path(Orc(own).stack.slab_directory))
         yield Nodes(nodes, first, second, Orc(own))
     shutil.rmtree(directory)
 
 
-def test_every_node_has_an_agent_also_one_that_joins_later_and_none_when_it_is_gone(cluster: Nodes) -> None:
+def test_every_node_has_an_agent_and_a_writer_also_one_that_joins_later_and_none_when_it_is_gone(
+    cluster: Nodes,
+) -> None:
     assert {cluster.first.id[:12], cluster.second.id[:12]} < cluster.agents()
     late = cluster.nodes.add("127.0.0.5", cpus=0)
-    wait_until(lambda: late.id[:12] in cluster.agents(), 30, "an agent on the node that joined")
+    wait_until(lambda: late.id[:12] in cluster.agents(), 30, "an agent and a writer on the node that joined")
     assert late.kill()
-    wait_until(lambda: late.id[:12] not in cluster.agents(), 30, "no agent where there is no node")
+    wait_until(lambda: late.id[:12] not in cluster.anyone(), 30, "neither of them where there is no node")
 
 
 def test_a_run_survives_the_loss_of_one_of_its_two_nodes(cluster: Nodes, tmp_path: Path) -> None:

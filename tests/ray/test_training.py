@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checkpoints.local import places
+from orchestrator.checkpoints.local.requests import ask
 from tests.plugins.runs import PROJECT, Going, Orc, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,13 +167,20 @@ def _ray_job(orc: Orc, *words: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
     )
 
 
+def _committed_by_the_writer(orc: Orc) -> int:
+    root = Path(orc.stack.slab_directory)
+    return ask(places.request_socket(root), "health", {}, 5.0)["committed"]
+
+
 def test_ray_job_submit_with_plain_tooling(orc: Orc) -> None:
     entry = ("python", "-m", "jobs.train", "experiment=digits", "epochs=3")
+    committed = _committed_by_the_writer(orc)
     job = _ray_job(orc, "submit", "--submission-id", "digits-1", "--working-dir", ".", "--", *entry)
     out, _ = job.communicate(timeout=150)
     assert job.returncode == 0, out
     run = orc.json("ls", "--limit", "1")[0]
     assert (run["status"], run["job"]) == ("FINISHED", "digits-1")
+    assert _committed_by_the_writer(orc) - committed == len(orc.store().checkpoints(run["run"])) > 0
     job = orc.dashboard("/api/jobs/digits-1")
     assert job["status"] == "SUCCEEDED"
     assert (job["metadata"]["orc.run"], job["metadata"]["orc.attempt"]) == (run["run"], "1")

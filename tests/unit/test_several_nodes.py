@@ -42,6 +42,9 @@ class Cluster:
     def present(self) -> set[str]:
         return set(self.agents)
 
+    def name_of(self, node_id: str) -> str:
+        return agent(node_id)
+
     def start(self, node_id: str) -> None:
         self.agents.add(agent(node_id))
 
@@ -51,7 +54,7 @@ class Cluster:
 
 def test_agents_follow_the_nodes() -> None:
     cluster = Cluster({"a", "b"})
-    watch = AgentWatch(cluster, agent)
+    watch = AgentWatch(cluster)
     watch.step()
     assert cluster.agents == {"agent-a", "agent-b"}
     cluster.living = {"b", "c"}
@@ -59,9 +62,15 @@ def test_agents_follow_the_nodes() -> None:
     assert cluster.agents == {"agent-b", "agent-c"}
 
 
+def test_each_kind_follows_the_nodes_by_itself() -> None:
+    agents, writers = Cluster({"a", "b"}, {"agent-a"}), Cluster({"a", "b"}, {"agent-z"})
+    AgentWatch(agents, writers).step()
+    assert agents.agents == writers.agents == {"agent-a", "agent-b"}
+
+
 def test_a_head_that_tells_of_no_nodes_costs_no_agent() -> None:
     cluster = Cluster(set(), {"agent-a"})
-    AgentWatch(cluster, agent).step()
+    AgentWatch(cluster).step()
     assert cluster.agents == {"agent-a"}
 
 

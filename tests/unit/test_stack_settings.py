@@ -26,6 +26,14 @@ def test_every_spelling_of_a_database_url_becomes_ours(scheme: str) -> None:
     assert url == "postgresql+psycopg://u:p@h/db?sslmode=require"
 
 
+def test_what_checkpoints_go_through_can_be_said() -> None:
+    said = StackSettings.parse(
+        ["checkpoints.writers=0", "checkpoints.memory_gb=2.5", "checkpoints.slab_dir=/dev/shm/x"]
+    )
+    assert vars(said.checkpoints) == {"slab_dir": "/dev/shm/x", "writers": 0, "memory_gb": 2.5}
+    assert vars(StackSettings.parse([]).checkpoints) == {"slab_dir": "", "writers": 1, "memory_gb": 0.0}
+
+
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean mlflow\.tracking_uri\?"):
         StackSettings.parse(["mlflow.tracking_url=http://h"])
@@ -35,7 +43,8 @@ def test_an_unknown_key_names_the_nearest() -> None:
     "word",
     [
         "database.url=mysql://u@h/d", "database=x", "ray.num_cpus=two", "ray.enabled=perhaps", "ray.address=head",
-        "mlflow.port=70000", "mlflow.tracking_uri=ftp://h", "nonsense", "ray.port=-1",
+        "checkpoints.writers=17", "checkpoints.writers=auto", "checkpoints.memory_gb=-1", "checkpoints.memory_gb=nan",
+        "checkpoints.slab_dir=here", "mlflow.port=70000", "mlflow.tracking_uri=ftp://h", "nonsense", "ray.port=-1",
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused_with_its_key(word: str) -> None:

@@ -81,9 +81,9 @@ class BenchStack:
 
     def service_processes(self) -> dict[str, psutil.Process]:
         """The tracker and this machine's node agent."""
-        from orchestrator.execution.handles import Remote, RemoteAgents
+        from orchestrator.execution.handles import NODE_AGENTS, Remote, RemoteAgents
 
-        (agent,) = RemoteAgents(object, {}, "").present()
+        (agent,) = RemoteAgents(object, {}, NODE_AGENTS).present()
         agents = {"agent": Remote(agent).call("describe")["pid"]}
         return {name: psutil.Process(pid) for name, pid in {"tracker": self.tracker.health()["pid"], **agents}.items()}
 
