@@ -5,6 +5,8 @@
 # make campaign    kills parts of delivery at random until 1,000 kills landed and 1,000,000 points are there (ARGS="--kills 5000 --seed 7")
 # make bench-ls    how long `orc ls` takes over 10,000 runs, beside the interpreter's own start; build/bench/ls.json
 # make bench-metrics  what metrics cost and how much the tracker takes, beside W&B, MLflow, Aim, tensorboardX (ARGS="--only log"); 40 minutes
+# make bench-checkpoints  what a save costs a training, beside torch.save, DCP, Ray Train and others (ARGS="--only stall"); 25 minutes
+# make campaign-checkpoints  kills trainers and writers 200 times at random and checks what loads after each, beside DCP and Ray Train
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
 
 VENV ?= .venv
@@ -15,7 +17,7 @@ TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
 PYTEST = $(RUN) pytest -p tests.plugins.tiers
 CODE = orchestrator actors jobs cluster tests tools setup.py
 
-.PHONY: demo test check format chaos campaign ui-test bench-ls bench-metrics venv
+.PHONY: demo test check format chaos campaign campaign-checkpoints ui-test bench-ls bench-metrics bench-checkpoints venv
 
 demo:
 	@tools/venv demo
@@ -44,11 +46,17 @@ chaos: venv
 campaign: venv
 	@$(RUN) tests.plugins.campaign $(ARGS)
 
+campaign-checkpoints: venv
+	@$(RUN) tests.plugins.checkpoint_campaign $(ARGS)
+
 bench-ls: venv
 	@"$(VENV)/bin/python" tools/bench/ls.py
 
 bench-metrics: venv
 	@"$(VENV)/bin/python" tools/bench/metrics $(ARGS)
+
+bench-checkpoints: venv
+	@"$(VENV)/bin/python" tools/bench/checkpoints $(ARGS)
 
 ui-test: venv
 	@tools/needs chromium
