@@ -1,0 +1,1 @@
+"""Sweeps: which trial runs next, and why. Values and numbered decisions in, choices out."""
