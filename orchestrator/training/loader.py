@@ -13,8 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 from orchestrator.errors import UserError
-from orchestrator.training.pace import Pace
 from orchestrator.seeding import derive
+from orchestrator.training.pace import Pace
 
 
 class CannotShard(UserError):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from orchestrator.training.loader import CannotShard, ShardedLoader, ShardedSampler
 from orchestrator.seeding import derive
+from orchestrator.training.loader import CannotShard, ShardedLoader, ShardedSampler
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
