@@ -5,7 +5,7 @@
 # make campaign    kills parts of delivery at random until 1,000 kills landed and 1,000,000 points are there (ARGS="--kills 5000 --seed 7")
 # make bench-ls    how long `orc ls` takes over 10,000 runs, beside the interpreter's own start; build/bench/ls.json
 # make bench-metrics  what metrics cost and how much the tracker takes, beside W&B, MLflow, Aim, tensorboardX (ARGS="--only log"); 40 minutes
-# make bench-checkpoints  what a save costs a training, beside torch.save, DCP, Ray Train and others (ARGS="--only stall"); 25 minutes
+# make bench-checkpoints  what a save costs a training, beside torch.save, DCP, Ray Train and others (ARGS="--only stall"); about an hour
 # make campaign-checkpoints  kills trainers and writers 200 times at random and checks what loads after each, beside DCP and Ray Train
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
 
