@@ -10,6 +10,9 @@ from group import Failed, Group, GroupLost
 from plan import ON_RAY, OURS, Plan, ranks_of
 from rows import Row, at_most, printed
 
+from orchestrator.checkpoints.local.ending import end_writers
+from orchestrator.checkpoints.local.places import slab_root
+
 _WINDOW_MIB = 256
 """The writer's own process, and what the saving side needs besides the slots."""
 _SAVES = 3
@@ -41,6 +44,7 @@ def _extra_mib(plan: Plan, name: str, world_size: int) -> float:
     ):
         group.ask("prepare", size_mib=plan.size_mib, tensors=150, is_trained=False)
         settle()
+        end_writers(slab_root())  # the memory that an earlier contender gave back would be used again, and not counted
         with MemoryWatch() as watch:
             group.ask("open", contender=name, directory=str(directory / "0"))
             for _ in range(_SAVES):
