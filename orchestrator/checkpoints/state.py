@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from orchestrator.checkpoints.hyper import Kept
 from orchestrator.checkpoints.image import TensorSpec
 from orchestrator.checkpoints.recipe import Changed, Step, recipe, text_of
 from orchestrator.checkpoints.tensorfile import NAMES
@@ -85,7 +86,8 @@ class TrainState:
     a restore; what they mean is the caller's to know.
 
     Parameters and the optimizer's tensors are taken to be the same on every rank, which share the work of writing
-    them; of buffers, scheduler, scaler, extras and files, rank 0's are saved. Of a DTensor every rank saves its part.
+    them; of buffers, scheduler, scaler, extras and files, rank 0's are saved. Of a DTensor every rank saves its part,
+    and of a model that has some its own buffers.
     """
 
     def __init__(
@@ -137,7 +139,8 @@ class TrainState:
         if weights_only:
             return snapshot
         tensors = snapshot.tensors["model"]
-        own = {name: tensors[name] for name in _own_buffers(self._parts.get("model")) & tensors.keys()}
+        spread = [*snapshot.parts, *snapshot.spread]
+        own = {name: tensors[name] for name in _own_buffers(self._parts.get("model"), spread) & tensors.keys()}
         return replace(snapshot, own=own, files=dict(self.files)) if own or self.files else snapshot
 
     def boxes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Box]:
@@ -145,9 +148,11 @@ class TrainState:
         named, the whole."""
         return {key: place.box for key, place in self._places(shapes).items() if place.is_split}
 
-    def apply(self, snapshot: Snapshot) -> None:
-        """Puts a snapshot's values into the living objects. Sends nothing. Raises CheckpointMismatch."""
+    def apply(self, snapshot: Snapshot, *, keeps_settings: bool = False) -> None:
+        """Puts a snapshot's values into the living objects. Sends nothing. Raises CheckpointMismatch. `keeps_settings`:
+        what optimizers and schedulers were made with stays as it is here, see hyper.py."""
         parts = {**self._parts, "extra": self.extra}
+        kept = Kept.of(parts) if keeps_settings else None
         _same_names("state", parts, snapshot.tree)
         _same_names("extra", self.extra, snapshot.tree["extra"], both=False)
         shapes = {
@@ -160,6 +165,8 @@ class TrainState:
             group = "model" if part == "model" else "optim"
             get = functools.partial(_placed, snapshot, group, places)
             _load(value, unpack(snapshot.tree[part], get), part)
+        if kept is not None:
+            kept.restore()
         self.files = dict(snapshot.files)
 
     def _places(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -394,13 +401,19 @@ def _optimized(value: Any, path: str) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.state.{i}", parameter
 
 
-def _own_buffers(model: Any, prefix: str = "") -> set[str]:
-    """Names, in the group "model", of buffers that DistributedDataParallel was told not to copy from rank 0."""
+def _own_buffers(model: Any, spread: Collection[str], prefix: str = "") -> set[str]:
+    """Names, in the group "model", of buffers that nobody makes the same on every rank: those of models whose
+    parameters are `spread` (`group/name`), and of a DistributedDataParallel that was told not to copy rank 0's."""
     if isinstance(model, Mapping):
-        return set().union(*(_own_buffers(each, f"{prefix}{name}.") for name, each in model.items()))
-    if not isinstance(model, torch.nn.parallel.DistributedDataParallel) or model.broadcast_buffers:
+        return set().union(*(_own_buffers(each, spread, f"{prefix}{name}.") for name, each in model.items()))
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        is_own = not model.broadcast_buffers
+    else:
+        is_own = isinstance(model, torch.nn.Module) and any(key.startswith(f"model/{prefix}") for key in spread)
+    if not is_own:
         return set()
-    return {f"{prefix}{name}" for name, _ in _bare(model).named_buffers()}
+    names = {f"{prefix}{name}" for name, _ in _bare(model).named_buffers()}
+    return names.difference(key.removeprefix("model/") for key in spread)
 
 
 def _side_files(files: Mapping[str, bytes]) -> dict[str, bytes]:

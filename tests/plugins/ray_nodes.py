@@ -14,10 +14,11 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import psutil
@@ -40,15 +41,30 @@ class RayNode:
         doomed = [raylet, *raylet.children(recursive=True)]
         for process in doomed:
             process.kill()
-        _, alive = psutil.wait_procs(doomed, timeout=10)
-        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+        wait_for_the_end(doomed, 10)
         return doomed
 
 
-class RayNodes:
-    """Head and nodes; whatever was started is stopped at the end. The head gives no CPUs."""
+def wait_for_the_end(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Of all of them; whether somebody has asked how they ended is the same."""
+    deadline = time.monotonic() + seconds
+    while alive := [process for process in processes if _is_alive(process)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
 
-    def __init__(self, directory: Path) -> None:
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class RayNodes:
+    """Head and nodes; whatever was started is stopped at the end. The head gives no CPUs. `more`: what the processes
+    on them find in their environment besides."""
+
+    def __init__(self, directory: Path, more: Mapping[str, str] = MappingProxyType({})) -> None:
         from cluster import ports  # the other end of the pipe has no use, and no path, for it
 
         self._directory = directory
@@ -76,7 +92,7 @@ class RayNodes:
         with (directory / "nodes.log").open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(own)],
-                env=kept | self.environment | {"RAY_TMPDIR": str(directory)}, cwd=directory,
+                env={**kept, **self.environment, **more, "RAY_TMPDIR": str(directory)}, cwd=directory,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         self.address = self._ask("head")["address"]
