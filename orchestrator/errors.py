@@ -109,6 +109,20 @@ class RunExists(UserError):
         return f"Run {self.run} {what}. Leave --run-id out to get a new run; `orc show {self.run}` tells of that one."
 
 
+class SweepTaken(UserError):
+    """Another driver has a sweep: whoever had it before may not decide anything any more. `driver` is that one's."""
+
+    def __init__(self, sweep: str, driver: str) -> None:
+        super().__init__(sweep, driver)
+        self.sweep, self.driver = sweep, driver
+
+    def __str__(self) -> str:
+        return (
+            f"Sweep {self.sweep} is driven by {self.driver or 'nobody'} now and goes on there; this driver ends, its "
+            f"trials are not lost. `orc sweep show {self.sweep}` tells how it stands."
+        )
+
+
 class IllegalTransition(UserError):
     """A run cannot go from one status to the other."""
 

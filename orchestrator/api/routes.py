@@ -80,6 +80,10 @@ def application(home: Path, database_url: str, version: str, redis_url: str = ""
         f"{run}/points_of": questions.points_of,
         f"{run}/curve": questions.curve,
         f"{run}/live": questions.live,
+        "/sweeps": questions.sweeps,
+        "/sweep": questions.sweep,
+        **{f"/sweeps/{{sweep}}/{what}": questions.of_sweep(what) for what in OF_SWEEP},
+        "/sweeps/{sweep}/requests": questions.sweep_requests,
         "/sink_lags": questions.sink_lags,
         f"{run}/logs": questions.logs,
         f"{run}/logs/{{attempt:int}}": questions.log_sources,
@@ -118,6 +122,8 @@ class Guard:
 
 OF_RUN = ("attempts", "params", "notes", "checkpoints", "artifacts")
 """Questions about one run that take nothing but its id."""
+OF_SWEEP = ("trials", "jobs", "decisions")
+"""Rows of a sweep that are numbered, page by page."""
 
 
 class Questions:
@@ -149,6 +155,7 @@ class Questions:
                 search=given.get("search"),
                 limit=_number(request, "limit", 50, most=wire.RUNS_AT_ONCE),
                 offset=_number(request, "offset", 0),
+                trials=bool(_number(request, "trials", 1)),
             )
         )
 
@@ -216,6 +223,27 @@ class Questions:
             if may_wait:
                 self._waiting.release()
         return Json(run_document(found))
+
+    def sweeps(self, request: Request) -> Response:
+        limit = _number(request, "limit", 50, most=wire.SWEEP_ROWS_AT_ONCE)
+        return _rows(self._asked().sweeps(limit=limit, offset=_number(request, "offset", 0)))
+
+    def sweep(self, request: Request) -> Response:
+        return Json(wire.to_json(self._asked().sweep(request.query_params.get("reference", ""))))
+
+    def of_sweep(self, what: str) -> Callable[[Request], Response]:
+        def answer(request: Request) -> Response:
+            limit = _number(request, "limit", wire.SWEEP_ROWS_AT_ONCE, most=wire.SWEEP_ROWS_AT_ONCE)
+            asked = {"after": _number(request, "from", 0) - 1, "limit": limit}
+            if what == "trials":
+                asked["status"] = request.query_params.get("status", "")
+            self._asked()
+            return _rows(getattr(self._store, f"sweep_{what}")(request.path_params["sweep"], **asked))
+
+        return answer
+
+    def sweep_requests(self, request: Request) -> Response:
+        return _rows(self._asked().sweep_requests(request.path_params["sweep"]))
 
     def sink_lags(self, request: Request) -> Response:
         return _rows(self._asked().sink_lags(request.query_params.get("run")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
 from orchestrator.catalog.headline import AUTOMATIC, FIRST_WORDS
 from orchestrator.catalog.live import LiveAnswers
@@ -27,7 +28,10 @@ from orchestrator.store.views import (
     RunRow,
     SinkLag,
     SummaryRow,
+    SweepDetail,
+    SweepRow,
 )
+from orchestrator.sweep_records import DecisionRow, JobRow, RequestRow, TrialRow
 
 
 class DatabaseCatalog:
@@ -49,9 +53,10 @@ class DatabaseCatalog:
         search: str | None = None,
         limit: int = 50,
         offset: int = 0,
+        trials: bool = True,
     ) -> list[RunRow]:
         rows = self._store.runs(
-            experiment=experiment, status=status, tags=tags, search=search, limit=limit, offset=offset
+            experiment=experiment, status=status, tags=tags, search=search, limit=limit, offset=offset, trials=trials
         )
         if not rows and experiment is not None:
             names = [row.name for row in self._store.experiments()]
@@ -117,6 +122,33 @@ class DatabaseCatalog:
 
     def live(self, run: str, *, after: str = "", wait: float = 0.0, redis: bool = True) -> LiveRun:
         return self._live.of(run, after, min(wait, LONGEST_WAIT), redis=redis)
+
+    def sweeps(self, *, limit: int = 50, offset: int = 0) -> list[SweepRow]:
+        return self._store.sweeps(limit=limit, offset=offset)
+
+    def sweep(self, reference: str) -> SweepDetail:
+        if reference == LAST:
+            newest = self._store.sweeps(limit=1)
+            if not newest:
+                raise NotFound("sweep", reference)
+            return self._store.sweep(newest[0].sweep)
+        return self._store.sweep(self._store.run(reference).run)
+
+    def trials(self, sweep: str, *, status: str = "", limit: int | None = None) -> list[TrialRow]:
+        return list(self._store.sweep_trials(sweep, status=status, limit=limit))
+
+    def sweep_jobs(self, sweep: str) -> list[JobRow]:
+        return list(self._store.sweep_jobs(sweep))
+
+    def decisions(self, sweep: str, *, after: int = -1, limit: int | None = None) -> list[DecisionRow]:
+        return list(self._store.sweep_decisions(sweep, after=after, limit=limit))
+
+    def sweep_requests(self, sweep: str) -> list[RequestRow]:
+        return list(self._store.sweep_requests(sweep))
+
+    def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
+        """Not a question, so no other catalog has it: see `Store.ask_sweep`."""
+        return self._store.ask_sweep(sweep, kind, details, user)
 
     def sink_lags(self, run: str | None = None) -> list[SinkLag]:
         return self._store.sink_lags(run)

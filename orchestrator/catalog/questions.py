@@ -22,11 +22,14 @@ if TYPE_CHECKING:
         RunRow,
         SinkLag,
         SummaryRow,
+        SweepDetail,
+        SweepRow,
     )
+    from orchestrator.sweep_records import DecisionRow, JobRow, RequestRow, TrialRow
 
 LONGEST_WAIT = 5.0
 LAST = "last"
-"""Instead of a run's id or name: the newest run."""
+"""Instead of a run's id or name: the newest run; of a sweep's: the newest sweep."""
 
 
 class LogFiles(Protocol):
@@ -65,8 +68,10 @@ class Catalog(Protocol):
         search: str | None = None,
         limit: int = 50,
         offset: int = 0,
+        trials: bool = True,
     ) -> list[RunRow]:
-        """Newest first. An experiment that does not exist raises NotFound, naming the nearest."""
+        """Newest first; `trials`: also the runs of sweeps' trials. An experiment that does not exist raises NotFound,
+        naming the nearest."""
         ...
 
     def run(self, reference: str) -> RunDetail:
@@ -126,6 +131,30 @@ class Catalog(Protocol):
         With the `cursor` of an earlier answer as `after`: at least what changed since, waiting for it at most `wait`
         seconds (and at most `LONGEST_WAIT`). Without `redis` the database is asked. Raises NotFound for the run.
         """
+        ...
+
+    def sweeps(self, *, limit: int = 50, offset: int = 0) -> list[SweepRow]:
+        """Newest first."""
+        ...
+
+    def sweep(self, reference: str) -> SweepDetail:
+        """By id, unique beginning of an id, or name of its parent run, or `last`. Raises NotFound and AmbiguousName."""
+        ...
+
+    def trials(self, sweep: str, *, status: str = "", limit: int | None = None) -> list[TrialRow]:
+        """By number; `sweep` is a full id, here and below."""
+        ...
+
+    def sweep_jobs(self, sweep: str) -> list[JobRow]:
+        """By number."""
+        ...
+
+    def decisions(self, sweep: str, *, after: int = -1, limit: int | None = None) -> list[DecisionRow]:
+        """With their inputs, oldest first, from the one behind `after`."""
+        ...
+
+    def sweep_requests(self, sweep: str) -> list[RequestRow]:
+        """Oldest first, answered ones too."""
         ...
 
     def sink_lags(self, run: str | None = None) -> list[SinkLag]:

@@ -32,7 +32,10 @@ from orchestrator.store.views import (
     RunRow,
     SinkLag,
     SummaryRow,
+    SweepDetail,
+    SweepRow,
 )
+from orchestrator.sweep_records import DecisionRow, JobRow, RequestRow, TrialRow
 
 if TYPE_CHECKING:
     from orchestrator.stack import Stack
@@ -102,8 +105,10 @@ class HttpCatalog:
         search: str | None = None,
         limit: int = 50,
         offset: int = 0,
+        trials: bool = True,
     ) -> list[RunRow]:
         asked = [
+            ("trials", None if trials else 0),
             ("experiment", experiment),
             ("status", status),
             ("search", search),
@@ -197,6 +202,40 @@ class HttpCatalog:
         found = live_records.run_from(self.json(_of(run, "live"), *asked))
         if found is None:
             raise self._no_server_of_ours("its answer is no live run")
+        return found
+
+    def sweeps(self, *, limit: int = 50, offset: int = 0) -> list[SweepRow]:
+        return self._rows(SweepRow, "sweeps", ("limit", min(limit, wire.SWEEP_ROWS_AT_ONCE)), ("offset", offset))
+
+    def sweep(self, reference: str) -> SweepDetail:
+        return wire.from_json(SweepDetail, self.json("sweep", ("reference", reference)))
+
+    def trials(self, sweep: str, *, status: str = "", limit: int | None = None) -> list[TrialRow]:
+        asked = ("status", status or None)
+        return self._all(TrialRow, _of_sweep(sweep, "trials"), lambda row: row.number, -1, limit, asked)
+
+    def sweep_jobs(self, sweep: str) -> list[JobRow]:
+        return self._all(JobRow, _of_sweep(sweep, "jobs"), lambda row: row.number, -1, None)
+
+    def decisions(self, sweep: str, *, after: int = -1, limit: int | None = None) -> list[DecisionRow]:
+        return self._all(DecisionRow, _of_sweep(sweep, "decisions"), lambda row: row.seq, after, limit)
+
+    def sweep_requests(self, sweep: str) -> list[RequestRow]:
+        return self._rows(RequestRow, _of_sweep(sweep, "requests"))
+
+    def _all(
+        self, row: type[Row], path: str, number: Callable[[Row], int], after: int, limit: int | None,
+        *query: tuple[str, Any],
+    ) -> list[Row]:  # fmt: skip
+        """Page by page, from the row behind `after`; no row moves to another page meanwhile."""
+        found: list[Row] = []
+        while limit is None or len(found) < limit:
+            at_once = wire.SWEEP_ROWS_AT_ONCE if limit is None else min(limit - len(found), wire.SWEEP_ROWS_AT_ONCE)
+            page = self._rows(row, path, *query, ("from", after + 1), ("limit", at_once))
+            found += page
+            if len(page) < at_once:
+                break
+            after = number(page[-1])
         return found
 
     def sink_lags(self, run: str | None = None) -> list[SinkLag]:
@@ -338,6 +377,10 @@ def _is_a_server(pid: int) -> bool:
 
 def _of(run: str, what: str) -> str:
     return f"runs/{quote(run, safe='')}/{what}"
+
+
+def _of_sweep(sweep: str, what: str) -> str:
+    return f"sweeps/{quote(sweep, safe='')}/{what}"
 
 
 def _pieces(runs: tuple[str, ...]) -> Iterable[list[tuple[str, str]]]:

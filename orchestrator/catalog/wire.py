@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator import errors, live_records
+from orchestrator import errors, live_records, sweep_records
 from orchestrator.status import RunStatus
 from orchestrator.store import views
 
@@ -32,6 +32,7 @@ VERSION = 1
 
 RUNS_AT_ONCE = 5000
 EVENTS_AT_ONCE = 1000
+SWEEP_ROWS_AT_ONCE = 2000
 """The most rows of a page."""
 WINDOWS_AT_ONCE = 100_000
 """Of a curve."""
@@ -52,6 +53,12 @@ ROWS = (
     views.CheckpointRow,
     views.ArtifactRow,
     views.SinkLag,
+    views.SweepRow,
+    views.SweepDetail,
+    sweep_records.TrialRow,
+    sweep_records.JobRow,
+    sweep_records.DecisionRow,
+    sweep_records.RequestRow,
 )
 
 

@@ -31,6 +31,7 @@ from orchestrator.errors import NotFound, UserError
 from orchestrator.records import RunStatus
 from orchestrator.store.errors import BadRecord, RunIsThere
 from orchestrator.store.names import is_run_id, run_directory
+from orchestrator.store.portable import WITH_LEDGER
 from orchestrator.store.store import Store
 
 MANIFEST = "manifest.json"
@@ -140,7 +141,9 @@ def _read_store(store: Store, run: str, points: IO[bytes], watch: Watcher) -> tu
         for piece in metrics_file.lines(snapshot.chunks()):
             points.write(piece)
             watch(layout.METRICS, points.tell(), 0)
-        return snapshot.record, snapshot.points
+        ledger = snapshot.ledger()
+        found = {**snapshot.record, "protocol": WITH_LEDGER, "ledger": ledger} if ledger else snapshot.record
+        return found, snapshot.points
 
 
 def _fill(sink: _Sink, found: record.Record, points: IO[bytes], with_checkpoints: bool, watch: Watcher) -> None:

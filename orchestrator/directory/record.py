@@ -14,6 +14,8 @@ from orchestrator.store.names import is_run_id
 Record = dict[str, Any]
 
 PROTOCOL = 1
+PROTOCOLS = (PROTOCOL, 2)
+"""Those that are understood; the second has a sweep's ledger besides."""
 
 PARTS = (
     *("run", "parents", "attempts", "params", "tags", "notes", "events", "checkpoints", "artifacts"),
@@ -27,7 +29,7 @@ _WITH_PLACES = ("checkpoints", "artifacts")
 
 _PASSING = ("directory", "links", "updated_at", "updated_by")
 """Of the run: where it is kept and who looked at it last, not what it is."""
-_OF_OTHERS = ("parents", "metrics", "producers")
+_OF_OTHERS = ("parents", "metrics", "producers", "ledger", "protocol")
 """Depends on what else is in the database."""
 
 
@@ -41,9 +43,9 @@ def decode(data: bytes) -> Record:
         record = json.loads(data)
     except ValueError as error:
         raise BadRecord("record.json", f"{error}.") from error
-    if not isinstance(record, dict) or record.get("protocol") != PROTOCOL:
+    if not isinstance(record, dict) or record.get("protocol") not in PROTOCOLS:
         found = record.get("protocol") if isinstance(record, dict) else None
-        raise BadRecord("record.json", f"it has protocol {found}, this version speaks {PROTOCOL}.")
+        raise BadRecord("record.json", f"it has protocol {found}, this version speaks {max(PROTOCOLS)}.")
     for part in PARTS:
         kind: type = dict if part == "run" else list
         if not isinstance(record.get(part), kind):

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from orchestrator.errors import ServiceUnavailable
 from orchestrator.records import Ack, RunSpec, RunTicket
+from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
 
 NAMESPACE = "orc"
 TRACKER = "orc-tracker"
@@ -114,6 +115,18 @@ class RemoteTracker:
     def cancel(self, run: str, user: str = "") -> None:
         self._remote.call("cancel", run, user)
 
+    def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord:
+        return self._remote.call("open_sweep", spec, driver, timeout=60.0)
+
+    def sweep_step(self, step: SweepStep) -> dict[int, RunTicket]:
+        return self._remote.call("sweep_step", step, timeout=30.0)
+
+    def sweep_poll(self, sweep: str, driver: str) -> SweepPoll:
+        return self._remote.call("sweep_poll", sweep, driver)
+
+    def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
+        return self._remote.call("ask_sweep", sweep, kind, dict(details), user)
+
     def live(self, run: str) -> dict[str, Any]:
         return self._remote.call("live", run)
 
@@ -122,6 +135,79 @@ class RemoteTracker:
 
     def health(self) -> Mapping[str, Any]:
         return self._remote.call("health")
+
+
+class RemoteDesk:
+    """The desk of a sweep's lanes as its driver, Tune's trainables and the ranks see it; same methods as LaneDesk."""
+
+    def __init__(self, name: str, timeout: float = 10.0) -> None:
+        self.name = name
+        self._remote = Remote(name, timeout)
+
+    def put(self, job: int, plan: bytes) -> None:
+        self._remote.call("put", job, plan)
+
+    def run(self, job: int) -> dict[str, Any]:
+        """Blocks until the job has ended. Raises ConnectionError when the desk is gone."""
+        while True:
+            try:
+                ending = self.look(job)
+            except TimeoutError:
+                continue
+            if ending is not None:
+                return ending
+
+    def look(self, job: int, wait: float = 20.0) -> dict[str, Any] | None:
+        return self._remote.call("look", job, wait, timeout=wait + 10)
+
+    def condemn(self, job: int, kind: str, reason: str) -> tuple[int, int] | None:
+        return self._remote.call("condemn", job, kind, reason)
+
+    def fail_waiting(self, evidence: Sequence[Mapping[str, Any]]) -> int:
+        return self._remote.call("fail_waiting", list(evidence))
+
+    def want(self, lanes: int) -> None:
+        self._remote.call("want", lanes)
+
+    def close(self) -> None:
+        self._remote.call("close")
+
+    def view(self) -> dict[str, Any]:
+        return self._remote.call("view")
+
+    def begin(self, lane: int, generation: int, world_size: int, is_asked: bool = False) -> bool:
+        return self._remote.call("begin", lane, generation, world_size, is_asked)
+
+    def gone(self, lane: int, generation: int, evidence: Sequence[Mapping[str, Any]] = ()) -> tuple[int, str]:
+        return self._remote.call("gone", lane, generation, list(evidence))
+
+    def take(self, lane: int, generation: int, rank: int, number: int, unfit: str = "") -> tuple[str, int, bytes]:
+        return self._remote.call("take", lane, generation, rank, number, unfit, timeout=30.0)
+
+    def said(self, lane: int, generation: int, rank: int, number: int, word: Mapping[str, Any]) -> str:
+        return self._remote.call("said", lane, generation, rank, number, dict(word), timeout=30.0)
+
+    def meet(self, lane: int, generation: int, rank: int, number: int, address: str = "") -> str:
+        return self._remote.call("meet", lane, generation, rank, number, address, timeout=15.0)
+
+
+def start_desk(process: type, options: Mapping[str, Any], **arguments: Any) -> Any:
+    """An actor that lives as long as somebody in this process keeps what is returned. Does not wait for it."""
+    return ray.remote(process).options(**options).remote(**arguments)
+
+
+def end_actors(names: Iterable[str]) -> list[str]:
+    """Kills actors by name, in whatever namespace they are; returns the names of those that were there."""
+    wanted = set(names)
+    ended = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["name"] in wanted:
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+                ended.append(actor["name"])
+            except ValueError:  # gone meanwhile
+                continue
+    return ended
 
 
 def our_actors() -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from orchestrator.config import Settings
-from orchestrator.execution.worker import Plan
+from orchestrator.execution.worker import Plan, Returned
 from orchestrator.records import RunSpec, RunTicket
+from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
 
 
 class Tracker(Protocol):
@@ -15,9 +16,21 @@ class Tracker(Protocol):
 
     def open_run(self, spec: RunSpec) -> RunTicket: ...
     def heartbeat(self, run: str, attempt: int) -> bool: ...
+    def heartbeats(self, attempts: Sequence[tuple[str, int]]) -> list[bool]:
+        """`heartbeat` of many attempts, in their order."""
+        ...
+
     def cancel(self, run: str, user: str = "") -> None: ...
     def live(self, run: str) -> dict[str, Any]: ...
     def describe(self) -> dict[str, Any]: ...
+
+    # A `sweeps.jobs.Ledger`, too.
+    def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord: ...
+    def sweep_step(self, step: SweepStep) -> Mapping[int, RunTicket]: ...
+    def sweep_poll(self, sweep: str, driver: str) -> SweepPoll: ...
+    def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
+        """The request's id."""
+        ...
 
 
 class Place(Protocol):
@@ -44,8 +57,8 @@ class Place(Protocol):
         """What there is, as plain values for the record: nodes with host, cpus, gpus, memory_gb."""
         ...
 
-    def fit(self, plan: Plan, settings: Settings) -> str:
-        """Trains on all ranks. Blocks; returns DONE or STOPPED of worker.py. Raises RanksFailed."""
+    def fit(self, plan: Plan, settings: Settings) -> Returned:
+        """Trains on all ranks. Blocks; returns what rank 0 did. Raises RanksFailed."""
         ...
 
     def waits_for(self) -> str:

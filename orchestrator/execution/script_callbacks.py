@@ -10,7 +10,6 @@ nothing and wait for nothing. The tracker is the stack's where Ray is the stack'
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from orchestrator.execution.scribe import Open, Over, Points, Said, Scribe
 from orchestrator.failures.classify import Evidence, first_cause
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus
 from orchestrator.stack import Stack, default_home
-from orchestrator.store.names import run_id
+from orchestrator.store.names import run_id, trial_run_id
 from orchestrator.tracking.local.client import LocalTracker
 from orchestrator.tracking.local.stack_start import running_stack
 
@@ -278,11 +277,6 @@ def tracker_here(home: Path) -> Tracker:
     local = LocalTracker(running_stack(home))
     local.ensure()
     return local
-
-
-def trial_run_id(sweep: str, trial: str) -> str:
-    """The id of a trial's run. Example: trial_run_id("20261121-081530-a1b2c3d4", "1_00000")."""
-    return f"{sweep[:15]}-{hashlib.sha256(f'{sweep} {trial}'.encode()).hexdigest()[:8]}"
 
 
 def trial_evidence(text: str) -> Evidence:

@@ -73,6 +73,20 @@ class BadRecord(UserError, ValueError):
         return f"The record cannot be read ({self.part}): {self.why}"
 
 
+class SweepHasTrials(UserError):
+    """The parent run of a sweep whose trials' runs are still there."""
+
+    def __init__(self, run: str, trials: int) -> None:
+        super().__init__(run, trials)
+        self.run, self.trials = run, trials
+
+    def __str__(self) -> str:
+        return (
+            f"Run {self.run} is a sweep with {self.trials} runs of trials: `orc rm --trials {self.run}` removes them "
+            "with it."
+        )
+
+
 class ModelDependsOnRun(UserError):
     """A registered model was made from a checkpoint of the run."""
 

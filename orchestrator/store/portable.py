@@ -3,6 +3,9 @@
 A *record* is a dict of JSON values: times are ISO 8601 in UTC, NaN and ±inf are the strings nan, inf, -inf. It has
 everything that is known about the run but its points, and nothing that means something in one database only (row
 numbers, transaction ids). What a later schema adds to a table is in the record by itself.
+
+The parent run of a sweep may bring its *ledger* along: decisions, trials, jobs and requests. The runs of trials travel
+by themselves and find their place in it, in whatever order they come.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import numpy as np
 import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
-from psycopg.types.json import Jsonb
+from psycopg.types.json import Json, Jsonb
 from sqlalchemy import DateTime, Double, Table, Uuid
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSON, JSONB
 
 from orchestrator.errors import NotFound
 from orchestrator.store import chunks
@@ -36,6 +39,8 @@ Connection = psycopg.Connection[Any]
 
 PROTOCOL = 1
 """Version of the record. A reader refuses what it does not know."""
+WITH_LEDGER = 2
+"""The same of a record with a sweep's ledger."""
 
 MOST_TOGETHER = 2_000_000
 """Points of several keys that are read together, and held in memory."""
@@ -67,6 +72,15 @@ PARTS: Mapping[str, _Part] = {
     # Watermarks: after a removal and an import, a spool that was left somewhere adds nothing twice.
     "producers": _Part(table=t.producers, order="uuid", stays=frozenset({"id"})),
 }
+
+_LEDGER: Mapping[str, tuple[Table, str, frozenset[str]]] = {
+    "trials": (t.trials, "number", frozenset()),
+    "jobs": (t.sweep_jobs, "number", frozenset()),
+    "decisions": (t.sweep_decisions, "seq", frozenset()),
+    "requests": (t.sweep_requests, "id", frozenset({"id"})),
+}
+"""Parts of a sweep's ledger, in the order in which they are written: table, order, columns of this database only."""
+_SWEEP_STAYS = frozenset({"id", "project", "driver", "driver_since"})
 
 _RUN_STAYS = {"number", "experiment_id", "dataset_version_id", "sweep_id", "deleted_at", "xid"}
 _RUN_COLUMNS = [column.name for column in t.runs.c if column.name not in _RUN_STAYS]
@@ -132,6 +146,23 @@ class RunSnapshot:
             }
         )
 
+    def ledger(self) -> Record:
+        """Of the sweep whose parent the run is: `insert` takes it as the record's `ledger`. Empty for others."""
+        run = self.record["run"]["id"]
+        with self._connection.cursor(row_factory=dict_row) as cursor:
+            names = [column.name for column in t.sweeps.c if column.name not in _SWEEP_STAYS]
+            query = sql.SQL("SELECT {} FROM sweeps WHERE id = %s").format(_identifiers(names))
+            found = cursor.execute(query, (run,)).fetchone()
+            if found is None:
+                return {}
+            parts = {}
+            for part, (table, order, stays) in _LEDGER.items():
+                query = sql.SQL("SELECT {} FROM {} WHERE sweep_id = %s ORDER BY {}").format(
+                    _identifiers(_ledger_columns(table, stays)), sql.Identifier(table.name), sql.Identifier(order)
+                )
+                parts[part] = cursor.execute(query, (run,)).fetchall()
+        return _plain({"sweep": found, **parts})
+
     def chunks(self) -> Iterator[ChunkRow]:
         """All points, by key; within a key by attempt and rank, as they were written. Held in memory piece by piece."""
         for place, keys in enumerate(together(self._keys, self._counts)):
@@ -141,6 +172,14 @@ class RunSnapshot:
                 yield from chunk_rows_of_key(self._connection, self._number, key, number, name)
             else:
                 yield from chunk_rows_of_keys(self._connection, self._number, keys, name)
+
+
+def _identifiers(names: Iterable[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _ledger_columns(table: Table, stays: frozenset[str]) -> list[str]:
+    return [column.name for column in table.c if column.name not in stays | {"sweep_id"}]
 
 
 def together(keys: Mapping[str, int], counts: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -197,6 +236,8 @@ def insert(
         _insert_rows(connection, name, part, run["id"], rows)
     _keep_watermarks(connection, run["id"], record["producers"], watermarks)
     _insert_points(connection, record, points, number, key_ids)
+    _insert_ledger(connection, record)
+    _take_place(connection, record)
     return _insert_parents(connection, run["id"], record["parents"])
 
 
@@ -248,6 +289,63 @@ def _insert_run(connection: Connection, record: Record, number: int | None) -> i
     )
     connection.execute(query, [*values.values(), run["project"], experiment])
     return number
+
+
+def _insert_ledger(connection: Connection, record: Record) -> None:
+    """What the record has of a sweep; runs that are not here yet are left out of it until they come."""
+    ledger = record.get("ledger")
+    if not ledger:
+        return
+    run = record["run"]
+    head = {name: _typed(t.sweeps, name, value) for name, value in _known("sweep", t.sweeps, ledger["sweep"]).items()}
+    query = sql.SQL(
+        "INSERT INTO sweeps (id, project, {names}) VALUES (%s, %s, {values}) ON CONFLICT (id) DO UPDATE SET {changes}"
+    ).format(
+        names=_identifiers(head),
+        values=sql.SQL(", ").join(sql.SQL("%s") for _ in head),
+        changes=sql.SQL(", ").join(
+            sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in head
+        ),
+    )  # fmt: skip
+    connection.execute(query, [run["id"], run["project"], *head.values()])
+    here = "(SELECT id FROM runs WHERE id = %s AND deleted_at IS NULL)"
+    for part, (table, _, _) in _LEDGER.items():
+        rows = [_known(part, table, row) for row in ledger[part]]
+        if not rows:
+            continue
+        columns = list(rows[0])
+        query = sql.SQL("INSERT INTO {} (sweep_id, {}) VALUES (%s, {})").format(
+            sql.Identifier(table.name),
+            _identifiers(columns),
+            sql.SQL(", ").join(sql.SQL(here if name == "run_id" else "%s") for name in columns),
+        )
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                query, [(run["id"], *(_typed(table, name, row[name]) for name in columns)) for row in rows]
+            )
+
+
+def _known(part: str, table: Table, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    if unknown := set(row) - {column.name for column in table.c}:
+        raise BadRecord(part, f"it has the unknown column {min(unknown)}: a newer version wrote it.")
+    return row
+
+
+def _take_place(connection: Connection, record: Record) -> None:
+    """The run of a trial whose sweep was here first."""
+    run, tags = record["run"], {row["name"]: row["value"] for row in record["tags"]}
+    trial, repeat = tags.get("orc.trial", ""), tags.get("orc.repeat", "0")
+    if not (run["sweep"] and trial.isdecimal() and repeat.isdecimal()):
+        return
+    place = (run["id"], run["sweep"], int(trial))
+    connection.execute(
+        "UPDATE sweep_jobs SET run_id = %s WHERE sweep_id = %s AND trial = %s AND repeat = %s AND run_id IS NULL",
+        (*place, int(repeat)),
+    )
+    if int(repeat) == 0:
+        connection.execute(
+            "UPDATE trials SET run_id = %s WHERE sweep_id = %s AND number = %s AND run_id IS NULL", place
+        )
 
 
 def _insert_rows(connection: Connection, name: str, part: _Part, run: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -368,6 +466,8 @@ def _typed(table: Table, column: str, value: Any) -> Any:
         return Jsonb(None) if isinstance(kind, JSONB) and not table.c[column].nullable else None
     if isinstance(kind, JSONB):
         return Jsonb(value)
+    if isinstance(kind, JSON):
+        return Json(value)
     if isinstance(kind, DateTime):
         return datetime.fromisoformat(value)
     if isinstance(kind, Double):

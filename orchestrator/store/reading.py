@@ -106,7 +106,7 @@ def _listed(*more: ColumnElement[Any]) -> Select[Any]:
 
 def runs_query(
     experiment_ids: Sequence[int] | None, project: str | None, status: RunStatus | None, tags: Mapping[str, str] | None,
-    search: str | None, limit: int, offset: int,
+    search: str | None, limit: int, offset: int, *, trials: bool = True,
 ) -> Select[Any]:  # fmt: skip
     """Newest first: each filter has an index that ends in `number`, so a page is read without sorting."""
     query = _listed().order_by(t.runs.c.number.desc()).limit(limit).offset(offset)
@@ -117,6 +117,8 @@ def runs_query(
         query = query.where(t.runs.c.project == project)
     if status is not None:
         query = query.where(t.runs.c.status == status.value)
+    if not trials:
+        query = query.where(t.runs.c.sweep_id.is_(None))
     if search:
         query = query.where(
             or_(t.runs.c.name.icontains(search, autoescape=True), t.runs.c.id.startswith(search, autoescape=True))

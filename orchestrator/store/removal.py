@@ -4,6 +4,9 @@ All of a run's rows go in one transaction but two kinds: its own row becomes a m
 producers keep their watermarks. So a spool that comes late is acknowledged and dropped (see transaction.py): it
 neither brings the run back nor waits for it for ever. The marker keeps the run's directory until that is gone, too,
 so whoever removes a run again finishes what a crash left.
+
+With the parent run of a sweep go its decisions, trials and jobs, once the runs of all trials are gone. What a trial
+came to stays in the sweep when its run is removed.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from datetime import datetime
 from orchestrator.errors import NotFound, RunIsActive
 from orchestrator.records import RunStatus
 from orchestrator.store.cleaning import clean_text
-from orchestrator.store.errors import ModelDependsOnRun
+from orchestrator.store.errors import ModelDependsOnRun, SweepHasTrials
 from orchestrator.store.lifecycle import Cursor
 
 LOCK_WAIT = "60s"
@@ -42,7 +45,8 @@ def lock_name(run: str) -> str:
 
 
 def remove(cursor: Cursor, run: str, *, user: str, at: datetime, force: bool) -> None:
-    """Removes the rows; does nothing when that was done before. Raises NotFound, RunIsActive, ModelDependsOnRun."""
+    """Removes the rows; does nothing when that was done before. Raises NotFound, RunIsActive, ModelDependsOnRun,
+    SweepHasTrials."""
     cursor.execute("SELECT set_config('lock_timeout', %s, true)", (LOCK_WAIT,))
     cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (lock_name(run),))
     # Producers before the run, as commits do it: so none of these is in the middle of a commit, and the next one sees
@@ -62,12 +66,17 @@ def remove(cursor: Cursor, run: str, *, user: str, at: datetime, force: bool) ->
     ).fetchone()
     if model is not None:
         raise ModelDependsOnRun(run, f"{model[0]} version {model[1]}")
+    trials = trial_runs(cursor, run)
+    if trials:
+        raise SweepHasTrials(run, len(trials))
+    cursor.execute("DELETE FROM sweeps WHERE id = %s", (run,))
     for table in _BY_NUMBER:
         cursor.execute(f"DELETE FROM {table} WHERE run_number = %s", (number,))
     for table in _BY_RUN:
         cursor.execute(f"DELETE FROM {table} WHERE run_id = %s", (run,))
     cursor.execute("DELETE FROM run_edges WHERE child_id = %(run)s OR parent_id = %(run)s", {"run": run})
-    cursor.execute("UPDATE trials SET run_id = NULL WHERE run_id = %s", (run,))
+    for table in ("trials", "sweep_jobs"):
+        cursor.execute(f"UPDATE {table} SET run_id = NULL WHERE run_id = %s", (run,))
     cursor.execute(
         # Where something of it still works, it is asked to stop.
         "UPDATE runs SET deleted_at = %(at)s, updated_at = %(at)s, updated_by = %(user)s, description = '',"
@@ -80,6 +89,14 @@ def remove(cursor: Cursor, run: str, *, user: str, at: datetime, force: bool) ->
             "cancelled": RunStatus.cancelled.value,
         },
     )  # fmt: skip
+
+
+def trial_runs(cursor: Cursor, sweep: str) -> list[str]:
+    """The runs of a sweep's trials, oldest first."""
+    rows = cursor.execute(
+        "SELECT id FROM runs WHERE sweep_id = %s AND id <> %s AND deleted_at IS NULL ORDER BY number", (sweep, sweep)
+    )
+    return [row[0] for row in rows]
 
 
 def half_removed(cursor: Cursor, run: str) -> HalfRemoved | None:

@@ -24,6 +24,7 @@ from orchestrator.store import (
     portable,
     reading,
     removal,
+    sweeps,
     transaction,
 )
 from orchestrator.store.cleaning import clean_json, clean_text
@@ -53,6 +54,18 @@ from orchestrator.store.views import (
     SinkCursor,
     SinkLag,
     SummaryRow,
+    SweepDetail,
+    SweepRow,
+)
+from orchestrator.sweep_records import (
+    DecisionRow,
+    JobRow,
+    RequestRow,
+    SweepPoll,
+    SweepRecord,
+    SweepSpec,
+    SweepStep,
+    TrialRow,
 )
 
 TRIES = 5
@@ -232,6 +245,71 @@ class Store:
             if changed.rowcount == 0:
                 raise NotFound("run", run)
 
+    # -- sweeps --------------------------------------------------------------------------------------------------------
+
+    def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord:
+        """Makes `driver` the sweep's only one; its parent run must be there. Raises NotFound."""
+        with self._writing() as connection:
+            return sweeps.open_sweep(connection, spec, driver)
+
+    def sweep_step(self, step: SweepStep, *, now: float) -> dict[int, RunTicket]:
+        """Stores what a driver decided with all that follows from it, and gives the attempts that it opens, by job. The
+        same step again changes nothing and gives the same. Raises SweepTaken, NotFound; see sweeps.py."""
+        with self._writing() as connection:
+            for tries_left in reversed(range(TRIES)):
+                try:
+                    with connection.pipeline():  # of thirty statements a third has an answer that is waited for
+                        return sweeps.step(connection, step, now=now)
+                except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
+                    connection.rollback()
+                    if not tries_left:
+                        raise
+        raise AssertionError("unreachable")
+
+    def sweep_poll(self, sweep: str, driver: str) -> SweepPoll:
+        """What is asked of the sweep, and whether it is this driver's still. Raises NotFound."""
+        with self._writing() as connection:
+            return sweeps.poll(connection, sweep, driver)
+
+    def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
+        """Asks the sweep's driver, now or when it goes on, for something; gives the request's id. Raises NotFound."""
+        with self._writing() as connection:
+            return sweeps.ask(connection, sweep, kind, details, user=user)
+
+    def sweeps(self, *, limit: int = 50, offset: int = 0) -> list[SweepRow]:
+        """Newest first."""
+        with self._writing() as connection:
+            return sweeps.sweeps(connection, limit=limit, offset=offset)
+
+    def sweep(self, sweep: str) -> SweepDetail:
+        """Raises NotFound."""
+        with self._writing() as connection:
+            found = sweeps.sweep(connection, sweep)
+        if found is None:
+            raise NotFound("sweep", sweep)
+        return found
+
+    def sweep_trials(
+        self, sweep: str, *, status: str = "", after: int = -1, limit: int | None = None
+    ) -> tuple[TrialRow, ...]:
+        """By number, from the one behind `after`."""
+        with self._writing() as connection:
+            return sweeps.trials(connection, sweep, status=status, after=after, limit=limit)
+
+    def sweep_jobs(self, sweep: str, *, after: int = -1, limit: int | None = None) -> tuple[JobRow, ...]:
+        with self._writing() as connection:
+            return sweeps.jobs(connection, sweep, after=after, limit=limit)
+
+    def sweep_decisions(self, sweep: str, *, after: int = -1, limit: int | None = None) -> tuple[DecisionRow, ...]:
+        """With their inputs, oldest first."""
+        with self._writing() as connection:
+            return sweeps.decisions(connection, sweep, after=after, limit=limit)
+
+    def sweep_requests(self, sweep: str) -> tuple[RequestRow, ...]:
+        """Oldest first, answered ones too."""
+        with self._writing() as connection:
+            return sweeps.requests(connection, sweep)
+
     # -- the exactly-once commit ---------------------------------------------------------------------------------------
 
     def commit(self, batches: Sequence[Batch]) -> Watermarks:
@@ -306,11 +384,15 @@ class Store:
     def runs(
         self, *, experiment: str | None = None, project: str | None = None, status: RunStatus | None = None,
         tags: Mapping[str, str] | None = None, search: str | None = None, limit: int = 50, offset: int = 0,
+        trials: bool = True,
     ) -> list[RunRow]:  # fmt: skip
-        """Newest first. `search` is part of a name or the beginning of an id."""
+        """Newest first. `search` is part of a name or the beginning of an id. `trials`: also the runs of sweeps'
+        trials."""
         with self._reading() as connection:
             ids = None if experiment is None else reading.experiment_ids(connection, experiment)
-            return reading.runs(connection, reading.runs_query(ids, project, status, tags, search, limit, offset))
+            return reading.runs(
+                connection, reading.runs_query(ids, project, status, tags, search, limit, offset, trials=trials)
+            )
 
     def run(self, ref: str) -> RunDetail:
         """By id, name or the beginning of an id. Raises NotFound and AmbiguousName."""
@@ -565,10 +647,16 @@ class Store:
 
     def remove_run(self, run: str, *, user: str, now: float, force: bool = False) -> None:
         """Removes all that is stored about the run; its directory is then removed by the caller, who says so by
-        `finish_removal`. `force`: also a run that has not ended. Raises NotFound, RunIsActive, ModelDependsOnRun.
+        `finish_removal`. `force`: also a run that has not ended. Raises NotFound, RunIsActive, ModelDependsOnRun,
+        SweepHasTrials.
         """
         with self._writing() as connection, connection.cursor() as cursor:
             removal.remove(cursor, run, user=user, at=lifecycle.when(now), force=force)
+
+    def trial_runs(self, sweep: str) -> list[str]:
+        """The runs of a sweep's trials, oldest first; none of what is no sweep."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            return removal.trial_runs(cursor, sweep)
 
     def half_removed(self, run: str) -> removal.HalfRemoved | None:
         """A run (by its full id) that was removed while its directory was not."""

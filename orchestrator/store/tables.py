@@ -33,10 +33,10 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSON, JSONB
 from sqlalchemy.types import UserDefinedType
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
 """Every schema this code knows, oldest first. Kept here so that looking at a database does not need Alembic."""
 HEAD = REVISIONS[-1]
 
@@ -46,7 +46,7 @@ VERSION_TABLE = "schema_version"
 ILLEGAL_TRANSITION = "ORC01"
 """SQLSTATE of the trigger that guards runs.status."""
 APPEND_ONLY = "ORC02"
-"""SQLSTATE of the trigger that guards events."""
+"""SQLSTATE of the triggers that guard events and decisions of sweeps."""
 
 
 class XID8(UserDefinedType[str]):
@@ -79,6 +79,11 @@ def _text(name: str) -> Column[Any]:
 
 def _json(name: str) -> Column[Any]:
     return Column(name, JSONB, nullable=False, server_default=_OBJECT)
+
+
+def _exact(name: str, default: str = "{}") -> Column[Any]:
+    """JSON as it was written: jsonb forgets the order of keys, and that 1e23 was no whole number."""
+    return Column(name, JSON, nullable=False, server_default=text(f"'{default}'::json"))
 
 
 def _when(name: str) -> Column[Any]:
@@ -123,20 +128,19 @@ experiments = Table(
 sweeps = Table(
     "sweeps",
     metadata,
-    Column("id", Text, primary_key=True),
-    _text("name"),
+    Column("id", Text, primary_key=True),  # that of its parent run, whose status is the sweep's
     Column("project", Text, nullable=False),
     _text("who"),
-    _text("status"),
-    _json("config"),
-    _json("space"),
-    _json("scheduler"),  # settings
-    _json("searcher"),  # settings
-    _json("state"),  # rungs, populations, searcher and random state: what a resumed sweep continues from
-    _json("budget"),
     _created(),
     _updated(),
-    _when("ended_at"),
+    Column("seed", BigInteger, nullable=False, server_default=text("0")),
+    _exact("settings"),
+    _exact("space"),
+    _text("driver"),  # who alone may decide now
+    _when("driver_since"),
+    Column("decisions", BigInteger, nullable=False, server_default=text("0")),  # how many there are
+    _exact("spent"),
+    _exact("facts"),  # found out once: the objective, the unit of the resource
 )
 
 dataset_versions = Table(
@@ -257,16 +261,87 @@ trials = Table(
     metadata,
     Column("sweep_id", Text, ForeignKey("sweeps.id", ondelete="CASCADE"), nullable=False),
     Column("number", Integer, nullable=False),
-    Column("run_id", Text, ForeignKey("runs.id", ondelete="SET NULL")),
+    Column("run_id", Text, ForeignKey("runs.id", ondelete="SET NULL")),  # of its repeat 0
     _text("status"),
-    _json("params"),
     Column("score", Double),
-    _json("state"),
-    _text("who"),
     _created(),
     _updated(),
+    _exact("params"),
+    Column("is_held", Boolean, nullable=False, server_default=text("false")),
+    _text("origin"),
+    _text("config_hash"),
+    Column("rung", Integer, nullable=False, server_default=text("-1")),
+    Column("resource", Double, nullable=False, server_default=text("0")),
+    Column("spread", Double),
+    Column("n", Integer, nullable=False, server_default=text("0")),
+    _exact("scores"),
+    _exact("checkpoint"),
+    _text("reason"),
+    _when("ended_at"),
     PrimaryKeyConstraint("sweep_id", "number"),
     Index("trials_by_run", "run_id"),
+)
+
+sweep_jobs = Table(
+    "sweep_jobs",
+    metadata,
+    Column("sweep_id", Text, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("trial", Integer, nullable=False),
+    Column("repeat", Integer, nullable=False, server_default=text("0")),
+    Column("rung", Integer, nullable=False, server_default=text("0")),
+    Column("until", Double),
+    Column("run_id", Text, ForeignKey("runs.id", ondelete="SET NULL")),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    _text("status"),
+    Column("restarts", Integer, nullable=False, server_default=text("0")),
+    _exact("judge"),
+    _exact("clone"),
+    Column("score", Double),
+    Column("resource", Double, nullable=False, server_default=text("0")),
+    _exact("reports", "[]"),
+    _text("lane"),
+    Column("lane_seconds", Double, nullable=False, server_default=text("0")),
+    _text("reason"),
+    _exact("error"),
+    _created(),
+    _updated(),
+    _when("started_at"),
+    _when("ended_at"),
+    PrimaryKeyConstraint("sweep_id", "number"),
+    ForeignKeyConstraint(["sweep_id", "trial"], ["trials.sweep_id", "trials.number"], ondelete="CASCADE"),
+    Index("sweep_jobs_open", "sweep_id", postgresql_where=text("ended_at IS NULL")),
+    Index("sweep_jobs_by_trial", "sweep_id", "trial"),
+    Index("sweep_jobs_by_run", "run_id"),
+)
+
+sweep_decisions = Table(
+    "sweep_decisions",
+    metadata,
+    Column("sweep_id", Text, ForeignKey("sweeps.id", ondelete="CASCADE"), nullable=False),
+    Column("seq", BigInteger, nullable=False),  # 0, 1, 2 … without gaps
+    Column("kind", Text, nullable=False),
+    Column("trial", Integer),
+    Column("job", Integer),
+    _exact("inputs"),
+    _exact("outcome"),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=_NOW),
+    PrimaryKeyConstraint("sweep_id", "seq"),
+    comment="Append-only: a trigger refuses updates and removals. Rows leave only together with their sweep.",
+)
+
+sweep_requests = Table(
+    "sweep_requests",
+    metadata,
+    _number(),
+    Column("sweep_id", Text, ForeignKey("sweeps.id", ondelete="CASCADE"), nullable=False),
+    Column("kind", Text, nullable=False),
+    _exact("details"),
+    _text("who"),
+    _created(),
+    _text("answer"),
+    _when("done_at"),  # answered by the sweep's driver
+    Index("sweep_requests_by_sweep", "sweep_id", "id"),
 )
 
 queue = Table(

@@ -78,6 +78,43 @@ class RunDetail(RunRow):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRow:
+    """One line of a list of sweeps. Its id is that of its parent run."""
+
+    sweep: str
+    name: str
+    """Of the parent run, as are the experiment, the status and the times."""
+    experiment: str
+    project: str
+    user: str
+    status: RunStatus
+    reason: str
+    created: float
+    ended: float | None
+    seed: int
+    driver: str
+    """Who alone may decide now; empty: nobody ever did, another program only named the sweep."""
+    driver_since: float | None
+    decisions: int
+    """How many there are: the newest has the number below."""
+    spent: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    trials: Mapping[str, int]
+    """Status of trials -> how many have it."""
+    runs: int
+    """Of its trials, as far as they were not removed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepDetail(SweepRow):
+    """A sweep and what it is made of. Trials, jobs, decisions and requests have methods of their own."""
+
+    settings: Mapping[str, Any]
+    """The section `sweep` of the configuration, as given at the start."""
+    space: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRow:
     run: str
     attempt: int

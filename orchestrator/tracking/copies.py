@@ -74,6 +74,8 @@ class Copy:
     rules: Rules
     wishes: Wishes = field(default_factory=Wishes)
     attempts: dict[int, AttemptRow] = field(default_factory=dict)
+    is_trial: bool = False
+    """Of a sweep: its attempts are stretches between decisions, and no copies of their own."""
     facts_cursor: int = 0
     position: FeedPosition = FeedPosition()
     decimators: dict[str, Decimator] = field(default_factory=dict)
@@ -126,6 +128,10 @@ class Copy:
         opened = sum(len(one) for by_attempt in self.reductions.values() for one in by_attempt.values())
         pending = sum(map(len, self.pending))
         return 10 * len(self.decimators) + opened + pending + sum(child.held for child in self.children.values())
+
+    @property
+    def shows_attempts(self) -> bool:
+        return len(self.attempts) > 1 and not self.is_trial
 
     @property
     def is_sending(self) -> bool:

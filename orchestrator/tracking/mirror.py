@@ -17,7 +17,8 @@
 The canonical curve of a key is its declared reduction over ranks (`curves.py`), else rank 0's. A key that rank 0 does
 not log takes the lowest rank that does, once `grace` seconds have passed (or the run has ended), because chunks of
 several ranks arrive in any order. Of a run with more than one attempt each attempt is a copy of its own, below the
-run's; it reads the feed from the beginning with a cursor of its own. `copies.py` decides what of it goes where.
+run's; it reads the feed from the beginning with a cursor of its own. `copies.py` decides what of it goes where. A
+sweep's parent run is there before those of its trials, which have no copies of attempts: each promotion is one.
 """
 
 from __future__ import annotations
@@ -440,7 +441,7 @@ class MirrorService:
 
     def _copy_all(self, run: str, copy: Copy, now: float, deadline: float) -> Progress:
         progress = self._bring_up(run, copy, now, deadline)
-        copy.children_due |= copy.seen_attempts if len(copy.attempts) > 1 else set()
+        copy.children_due |= copy.seen_attempts if copy.shows_attempts else set()
         copy.seen_attempts.clear()
         for attempt in sorted(copy.children_due & copy.attempts.keys() - copy.children_refused):
             if self._is_late(deadline):
@@ -541,20 +542,32 @@ class MirrorService:
         copy.facts_cursor = changes.cursor
         was_one = len(copy.attempts) < 2
         copy.attempts.update({row.attempt: row for row in changes.attempts})
-        if len(copy.attempts) > 1:
+        if copy.shows_attempts:
             copy.children_due |= copy.attempts.keys() if was_one else {row.attempt for row in changes.attempts}
 
     def _opened(self, run: str, changes: FactChanges) -> Copy:
         wishes = self._wishes(changes)
         facts = prefixed(facts_of(changes), wishes)
         attempts = {row.attempt: row for row in changes.attempts}
+        if facts.parent and facts.parent not in self._copies:
+            self._open_parent(facts.parent)
         copy = self._placed(run, facts, attempts, None)
-        copy.wishes, copy.facts_cursor = wishes, changes.cursor
-        copy.children_due = set(attempts) if len(attempts) > 1 else set()
+        copy.wishes, copy.facts_cursor, copy.is_trial = wishes, changes.cursor, bool(changes.run.sweep)
+        copy.children_due = set(attempts) if copy.shows_attempts else set()
         link = {"run_id": copy.target.id, "url": copy.target.url}
         if changes.run.links.get(self._sink.name) != link:
             self._feed.set_link(run, self._sink.name, link)
         return copy
+
+    def _open_parent(self, parent: str) -> None:
+        """A sink can only put a run below one that it has. What is wrong with the parent does not hold up its child."""
+        try:
+            changes = self._feed.facts_after(parent)
+            if self._wishes(changes).enabled:
+                self._copies[parent] = self._opened(parent, changes)
+                self._held[parent] = 0
+        except (NotFound, SinkGone, SinkRefused) as error:
+            logger.info("mirror %s has no copy of a parent: %s", self._sink.name, error, extra={"run": parent})
 
     def _opened_attempt(self, run: str, copy: Copy, attempt: int) -> Copy:
         facts = attempt_facts(copy.facts, copy.attempts[attempt])

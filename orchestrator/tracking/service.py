@@ -23,6 +23,7 @@ from orchestrator.errors import ServiceUnavailable, UserError
 from orchestrator.records import Ack, BadFrame, Batch, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import open_store
 from orchestrator.store.errors import Gap
+from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
 from orchestrator.tracking.admission import Admission, Mark
 from orchestrator.tracking.committer import Committer, Piece, Watermarks
 from orchestrator.tracking.leases import AttemptId, Leases
@@ -51,7 +52,8 @@ FIND = 10.0
 
 
 class TrackerService:
-    """Methods may be called from many threads; none but `open_run` and `cancel` needs PostgreSQL to be up.
+    """Methods may be called from many threads; none but those that open or cancel a run, or are of a sweep, needs
+    PostgreSQL to be up.
 
     `start` runs the committer and the leases in threads of their own; without it, call `commit_step` and `lease_step`.
     """
@@ -407,6 +409,32 @@ class TrackerService:
         """Asks a run to stop: its ranks learn of it with the next acknowledgement, the driver with its heartbeat."""
         self._stopping = {*self._stopping, run}
         self._store.request_cancel(run, user=user, now=self._clock.now())
+
+    # -- sweeps
+
+    def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord:
+        """Makes `driver` the sweep's only one and gives all that was decided. Raises ServiceUnavailable, NotFound."""
+        return self._store.open_sweep(spec, driver)
+
+    def sweep_step(self, step: SweepStep) -> dict[int, RunTicket]:
+        """Stores what a sweep's driver decided. What it opens is looked after as what `open_run` opens is, until the
+        step that closes it. Sent again it changes nothing. Raises ServiceUnavailable, SweepTaken, NotFound."""
+        tickets = self._store.sweep_step(step, now=self._clock.now())
+        for end in step.closes:
+            attempt = (end.run, end.attempt)
+            self._forget(attempt)
+            self._live.ended(end.run, end.attempt, RunStatus(end.status))
+        for job, spec in step.opens:
+            if job in tickets:
+                self._begin(tickets[job], spec)
+        return tickets
+
+    def sweep_poll(self, sweep: str, driver: str) -> SweepPoll:
+        return self._store.sweep_poll(sweep, driver)
+
+    def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
+        """Asks a sweep's driver for something; gives the request's id. Raises ServiceUnavailable, NotFound."""
+        return self._store.ask_sweep(sweep, kind, details, user)
 
     def lease_step(self) -> bool:
         """Ends attempts that gave no sign of life, looks for requests to stop. Always False: it pauses between."""

@@ -23,7 +23,9 @@ from orchestrator.catalog.remote import HttpCatalog
 from orchestrator.errors import AmbiguousName, NotFound, UserError
 from orchestrator.records import POINT, Batch, Fact, FactKind, RunSpec, RunStatus, RunTicket, Stream, facts_payload
 from orchestrator.stack import Stack
+from orchestrator.store.names import trial_run_id
 from orchestrator.store.store import Store
+from orchestrator.sweep_records import DecisionRow, JobRow, SweepSpec, SweepStep, TrialRow
 from tests.plugins.api_server import client, serving
 
 NOW = 1_760_000_000.0
@@ -421,3 +423,56 @@ def test_another_version_is_told_and_the_database_asked_instead(
         recorded.http.check()
     with open_catalog(Path(recorded.stack.home)) as catalog:
         assert isinstance(catalog, DatabaseCatalog)
+
+
+def test_a_sweep_and_all_of_it(catalog: Catalog, recorded: Recorded, schema_url: str) -> None:
+    """Its rows are the very same from both, its trials are left out of lists where they are not wanted."""
+    store = Store(schema_url, pool_size=1)
+    name = f"sweep-{uuid.uuid4().hex[:8]}"
+    parent = store.open_attempt(RunSpec(experiment="tuning", name=name), now=NOW + 1000, lease_seconds=1e6)
+    sweep, run = parent.run, trial_run_id(parent.run, "0.0")
+    store.open_sweep(SweepSpec(sweep=sweep, seed=7, settings={"z": 1.0, "a": 1e23}, space={"b": [1], "a": [2]}), "me")
+    spec = RunSpec(experiment="tuning", name=f"{name}/0", new_run=run, parent=sweep, sweep=sweep)
+    count = wire.SWEEP_ROWS_AT_ONCE + 10
+    step = SweepStep(
+        sweep=sweep, driver="me", after=-1, opens=((0, spec),), spent={"hours": 0.25}, facts={"unit": "epoch"},
+        decisions=[
+            DecisionRow(seq=seq, kind="suggest", trial=seq, inputs={"n": seq}, outcome={"score": math.nan})
+            for seq in range(count)
+        ],
+        trials=[
+            TrialRow(
+                number=number, values={"lr": 1e-5, "b": [True, None]}, status="complete" if number % 2 else "waiting",
+                score=0.1 * number, ended_at=NOW + 0.5,
+            )
+            for number in range(count)
+        ],
+        jobs=[JobRow(number=0, trial=0, run=run, reports=[[1.0, 0.5], [2.0, None]], until=3.0)],
+    )  # fmt: skip
+    store.sweep_step(step, now=NOW + 1001)
+    store.ask_sweep(sweep, "hold", {"trials": [1]}, "ann")
+    store.close()
+    found = catalog.sweep(name)
+    assert (found.sweep, found.name, found.experiment, found.status) == (sweep, name, "tuning", RunStatus.running)
+    assert repr((found.settings, found.space)) == repr(({"z": 1.0, "a": 1e23}, {"b": [1], "a": [2]}))
+    assert (found.seed, found.driver, found.decisions, found.facts) == (7, "me", count, {"unit": "epoch"})
+    assert (found.trials, found.runs) == ({"complete": count // 2, "waiting": count // 2}, 1)
+    assert catalog.sweep(sweep[:-1]) == found == recorded.database.sweep(sweep)
+    assert catalog.sweeps(limit=1)[0].sweep == catalog.sweep("last").sweep
+    trials = catalog.trials(sweep)
+    assert [trial.number for trial in trials] == list(range(count))
+    assert trials == recorded.database.trials(sweep)
+    assert (trials[0].run, trials[1].values, trials[1].score) == ("", {"lr": 1e-5, "b": [True, None]}, 0.1)
+    assert [trial.number for trial in catalog.trials(sweep, status="complete", limit=3)] == [1, 3, 5]
+    decisions = catalog.decisions(sweep)
+    assert decisions == recorded.database.decisions(sweep)
+    assert [decision.seq for decision in catalog.decisions(sweep, after=count - 3)] == [count - 2, count - 1]
+    assert (decisions[5].inputs, decisions[5].outcome) == ({"n": 5}, {"score": "NaN"})
+    (job,) = catalog.sweep_jobs(sweep)
+    assert (job.run, job.attempt, job.reports, job.until) == (run, 1, [[1.0, 0.5], [2.0, None]], 3.0)
+    (request,) = catalog.sweep_requests(sweep)
+    assert (request.kind, request.details, request.who, request.answer) == ("hold", {"trials": [1]}, "ann", "")
+    assert {row.run for row in catalog.runs(experiment="tuning", search=name)} == {sweep, run}
+    assert [row.run for row in catalog.runs(experiment="tuning", search=name, trials=False)] == [sweep]
+    with pytest.raises(NotFound, match="sweep"):
+        catalog.sweep(recorded.bare.run)

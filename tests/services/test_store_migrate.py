@@ -71,7 +71,9 @@ def filled_before(url: str) -> str:
     execute(url, "INSERT INTO experiments (project, name) VALUES ('p', 'digits')")
     execute(url, "INSERT INTO runs (id, experiment_id, project, name, status) VALUES ('r', 1, 'p', 'n', 'RUNNING')")
     execute(url, "INSERT INTO attempts (run_id, attempt, status) VALUES ('r', 1, 'RUNNING')")
-    execute(url, "UPDATE runs SET attempt = 1")
+    execute(url, "INSERT INTO sweeps (id, project, who) VALUES ('s', 'p', 'me')")
+    execute(url, "INSERT INTO trials (sweep_id, number, run_id) VALUES ('s', 3, 'r')")
+    execute(url, "UPDATE runs SET attempt = 1, sweep_id = 's'")
     execute(url, "INSERT INTO producers (uuid, run_id, attempt, rank, points) VALUES (%s, 'r', 1, 0, 7)", uuid.uuid4())
     execute(url, "INSERT INTO metric_keys (name) VALUES ('train/loss')")
     for steps, times, values in zip(*EARLIER.values(), strict=True):
@@ -133,6 +135,8 @@ def test_what_an_earlier_schema_holds_stays(
             for crc, first_seq, *ints, values, low, high in arrays:
                 assert chunks.is_intact(crc, first_seq, *map(np.array, ints), np.array(values))
                 assert (low, high) != (0, 0)
+            assert [(row.number, row.run, row.values) for row in store.sweep_trials("s")] == [(3, run, {})]
+            assert execute(each, "SELECT who, decisions, settings::text FROM sweeps") == [("me", 0, "{}")]
             store.transition(run, 1, RunStatus.finished, now=NOW)
             merged = store.merge([1])
         assert (merged.points, len(arrays)) == (0, 1)  # one row, merged already

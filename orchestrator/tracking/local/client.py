@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,16 @@ from typing import Any
 from orchestrator.errors import ServiceUnavailable
 from orchestrator.records import RunSpec, RunTicket
 from orchestrator.stack import Stack
+from orchestrator.sweep_records import (
+    SweepPoll,
+    SweepRecord,
+    SweepSpec,
+    SweepStep,
+    sweep_poll_from,
+    sweep_record_from,
+    tickets_from,
+    to_json,
+)
 from orchestrator.tracking.local.places import Places, places, private_directory, settings
 from orchestrator.tracking.local.protocol import (
     Request,
@@ -34,6 +44,8 @@ from orchestrator.tracking.local.protocol import (
 START_TIMEOUT = 60.0
 AGAIN = 5.0
 """Seconds in which a call is repeated when the tracker dies under it."""
+ONCE = ("open_run", "open_runs", "ask_sweep")
+"""Calls of which it is not known, when the tracker dies under them, whether they were carried out: not repeated."""
 _LOG_LIMIT_BYTES = 8 << 20
 _children: list[subprocess.Popen[bytes]] = []
 """Trackers started by this process: asked now and then, so that one that ended does not stay as a zombie."""
@@ -51,14 +63,33 @@ class LocalTracker:
     def open_run(self, spec: RunSpec) -> RunTicket:
         return ticket_from(self._call("open_run", timeout=30.0, spec=asdict(spec)))
 
+    def open_runs(self, specs: Sequence[RunSpec]) -> list[RunTicket]:
+        found = self._call("open_runs", timeout=60.0, specs=[asdict(spec) for spec in specs])
+        return [ticket_from(ticket) for ticket in found]
+
     def heartbeat(self, run: str, attempt: int) -> bool:
         return self._call("heartbeat", run=run, attempt=attempt)
+
+    def heartbeats(self, attempts: Sequence[tuple[str, int]]) -> list[bool]:
+        return self._call("heartbeats", attempts=list(attempts))
 
     def cancel(self, run: str, user: str = "") -> None:
         self._call("cancel", run=run, user=user)
 
     def live(self, run: str) -> dict[str, Any]:
         return self._call("live", run=run)
+
+    def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord:
+        return sweep_record_from(self._call("open_sweep", timeout=60.0, spec=to_json(spec), driver=driver))
+
+    def sweep_step(self, step: SweepStep) -> dict[int, RunTicket]:
+        return tickets_from(self._call("sweep_step", timeout=30.0, step=to_json(step)))
+
+    def sweep_poll(self, sweep: str, driver: str) -> SweepPoll:
+        return sweep_poll_from(self._call("sweep_poll", sweep=sweep, driver=driver))
+
+    def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
+        return self._call("ask_sweep", sweep=sweep, kind=kind, details=dict(details), user=user)
 
     def describe(self) -> dict[str, Any]:
         return self._call("describe", timeout=30.0)
@@ -93,8 +124,8 @@ class LocalTracker:
                     raise ConnectionError(f"the local tracker of {self._stack.home} is not there: {error}") from error
                 self._start()
             except ConnectionError:
-                # It is about to die, and its socket is still there. Of a run it is not known whether it was opened.
-                if method == "open_run" or time.monotonic() > deadline:
+                # It is about to die, and its socket is still there.
+                if method in ONCE or time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
 

@@ -28,6 +28,7 @@ from orchestrator.errors import UserError
 from orchestrator.monitoring.sampler import SystemSampler
 from orchestrator.stack import Stack
 from orchestrator.store import open_store
+from orchestrator.sweep_records import SweepSpec, sweep_step_from, to_json
 from orchestrator.tracking.leases import AttemptId
 from orchestrator.tracking.local.places import Places, places, private_directory, settings
 from orchestrator.tracking.local.protocol import (
@@ -216,12 +217,25 @@ class LocalTrackerProcess:
         match method:
             case "open_run":
                 return asdict(tracker.open_run(spec_from(given["spec"])))
+            case "open_runs":
+                return [asdict(ticket) for ticket in tracker.open_runs([spec_from(spec) for spec in given["specs"]])]
             case "heartbeat":
                 return tracker.heartbeat(given["run"], given["attempt"])
+            case "heartbeats":
+                return tracker.heartbeats([(run, attempt) for run, attempt in given["attempts"]])
             case "cancel":
                 return tracker.cancel(given["run"], given["user"])
             case "live":
                 return tracker.live(given["run"])
+            case "open_sweep":
+                return to_json(tracker.open_sweep(SweepSpec(**given["spec"]), given["driver"]))
+            case "sweep_step":
+                tickets = tracker.sweep_step(sweep_step_from(given["step"]))
+                return {str(job): asdict(ticket) for job, ticket in tickets.items()}
+            case "sweep_poll":
+                return to_json(tracker.sweep_poll(given["sweep"], given["driver"]))
+            case "ask_sweep":
+                return tracker.ask_sweep(given["sweep"], given["kind"], given["details"], given["user"])
             case "describe":
                 return {**tracker.describe(), "settings": settings(self._stack)}
             case "health":
