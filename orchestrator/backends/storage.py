@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -162,6 +163,16 @@ class Storage:
         with self._files.open_image(self._at(path), size_bytes) as output:
             yield output
 
+    def take(self, source: Storage, path: str) -> None:
+        """The file of the same path in `source` lies here as well afterwards, whole and durable: as a second name of it
+        on one local disk, copied by the store itself where both lie in one, else read and written. Whoever replaces or
+        deletes one of them does not touch the other. Raises FileNotFoundError."""
+        theirs, ours = source._at(path), self._at(path)
+        if type(source._files) is type(self._files) and self._files.copy(source._files, theirs, ours):
+            return
+        with source.open_input(path) as reader, self.open_output(path) as output:
+            shutil.copyfileobj(reader, output, _BOUNCE_BYTES)
+
     def delete(self, path: str) -> None:
         """Removes a file; does nothing if there is none."""
         self._files.delete(self._at(path))
@@ -275,6 +286,10 @@ class _Files(Protocol):
     def open_output(self, path: str) -> Any: ...
     def open_image(self, path: str, size_bytes: int) -> Any: ...
     def open_input(self, path: str) -> Any: ...
+    def copy(self, theirs: Any, source: str, path: str) -> bool:
+        """Copies a file of `theirs`, which is of the same kind, without reading it; False where that cannot be."""
+        ...
+
     def delete(self, path: str) -> None: ...
     def delete_dir(self, path: str) -> None: ...
     def entries(self, path: str) -> list[Entry]: ...
@@ -337,6 +352,18 @@ class _LocalFiles:
 
     def open_input(self, path: str) -> Any:
         return open(path, "rb")
+
+    def copy(self, theirs: _LocalFiles, source: str, path: str) -> bool:
+        if os.path.exists(path) and os.path.samefile(source, path):
+            return True  # to rename one name of a file to another one of it does nothing
+        try:
+            with self._replacing(path) as partial:
+                os.link(source, partial)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK):
+                raise
+            return False
+        return True
 
     def delete(self, path: str) -> None:
         if os.path.lexists(path):
@@ -558,6 +585,15 @@ class _RemoteFiles:
     def open_input(self, path: str) -> Any:
         with _as_os_errors():
             return self._filesystem.open_input_stream(path)
+
+    def copy(self, theirs: _RemoteFiles, source: str, path: str) -> bool:
+        if not self._filesystem.equals(theirs._filesystem):
+            return False
+        with _as_os_errors():
+            if self._has_directories:
+                self._filesystem.create_dir(os.path.dirname(path), recursive=True)
+            self._filesystem.copy_file(source, path)
+        return True
 
     def delete(self, path: str) -> None:
         if self.size(path) is not None:

@@ -17,6 +17,7 @@ import torch
 
 from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog, commit, plan
+from orchestrator.checkpoints.clone import is_clone
 from orchestrator.checkpoints.job import Layout, Outcome, SaveJob, SlotResult
 from orchestrator.checkpoints.keeping import Keeping, keep_rules
 from orchestrator.checkpoints.manifest import MANIFEST, STATE, CheckpointInfo, CheckpointState, Manifest, directory_name
@@ -686,6 +687,11 @@ class CheckpointEngine:
             message = f"old checkpoints could not be deleted: {outcome.why}"
             self._tell("checkpoint-retention-failed", message, level="warning")
 
+    def newest(self) -> CheckpointInfo | None:
+        """The newest durable one that training can go on from, as far as rank 0 knows; None on other ranks."""
+        usable = [info for info in self._told.values() if info.resumable]
+        return max(usable, key=lambda info: catalog.age_key(_name_of(info)), default=None)
+
     def stalled(self) -> float:
         """Seconds since the last call that training waited for copies besides what `save` took."""
         return self._stager.stalled()
@@ -709,7 +715,7 @@ class CheckpointEngine:
                 self._quarantine(name, why)
                 skipped += 1
                 continue
-            state.apply(stored.snapshot)
+            state.apply(stored.snapshot, keeps_settings=is_clone(stored.manifest))
             if skipped:
                 message = f"{name} is used instead of {skipped} newer, damaged one(s)"
                 self._tell("checkpoint-fallback", message, checkpoint=name)
@@ -728,6 +734,9 @@ class CheckpointEngine:
         self._tell_of_deleted(committed)
         for manifest in reversed(committed):
             self._told[manifest.name] = CheckpointInfo.of(manifest, self._storage.uri(manifest.name))
+            if manifest.attempt == self._attempt:  # a clone: its name is taken
+                _, step, again = catalog.age_key(manifest.name)
+                self._counts[step] = max(self._counts.get(step, 0), again)
             self._diary.checkpoint(self._told[manifest.name])
         usable = [manifest for manifest in committed if manifest.resumable]
         if which == "best":

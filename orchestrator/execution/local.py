@@ -24,7 +24,7 @@ from orchestrator.checkpoints.local.places import slab_root
 from orchestrator.config import ClusterCapacity, NodeCapacity, Settings, check_resources, redact_text
 from orchestrator.execution.connection import check_stack
 from orchestrator.execution.place import Tracker
-from orchestrator.execution.worker import Plan
+from orchestrator.execution.worker import Plan, Returned
 from orchestrator.failures.classify import Evidence, RanksFailed
 from orchestrator.records import RunTicket
 from orchestrator.stack import Stack
@@ -64,7 +64,7 @@ class Locally:
     def waits_for(self) -> str:
         return ""
 
-    def fit(self, plan: Plan, settings: Settings) -> str:
+    def fit(self, plan: Plan, settings: Settings) -> Returned:
         plan = replace(plan, slab_directory=slab_directory(self._stack), may_start_writer=True)
         # The thread that starts the ranks must stay until they end: the kernel takes its end for the parent's death.
         with tempfile.TemporaryDirectory(prefix="orc-ranks-") as directory:
@@ -78,14 +78,14 @@ class Locally:
         self._closed.set()
         _end(self._ranks)
 
-    def _wait(self, secrets: Sequence[str]) -> str:
+    def _wait(self, secrets: Sequence[str]) -> Returned:
         failed_at: float | None = None
         while True:
             endings = [rank.ending(secrets) for rank in self._ranks]
             evidence = [ending.evidence for ending in endings if ending and ending.evidence]
             if all(endings) and not evidence:
                 self._let_them_exit()
-                return next(ending.value for ending in endings if ending)
+                return next(ending.returned for ending in endings if ending and ending.returned)
             if evidence and failed_at is None:
                 failed_at = time.monotonic()
             if evidence and failed_at is not None and (all(endings) or time.monotonic() - failed_at > ECHO):
@@ -102,8 +102,7 @@ class Locally:
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    value: str = ""
-    """DONE or STOPPED of worker.py."""
+    returned: Returned | None = None
     evidence: Evidence | None = None
 
 
@@ -134,7 +133,7 @@ class _Rank:
         except FileNotFoundError:
             return None
         failure = raw.get("failure")
-        return Ending(evidence=Evidence(**failure)) if failure else Ending(value=raw["value"])
+        return Ending(evidence=Evidence(**failure)) if failure else Ending(returned=Returned(**raw["returned"]))
 
     def _death(self, code: int, secrets: Sequence[str]) -> Evidence:
         """Of a process that ended without a word. What others say about it are echoes, so its own time is now."""

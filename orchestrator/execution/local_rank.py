@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.config import redact_text
 from orchestrator.execution.local import plan_from_json
-from orchestrator.execution.worker import Plan, train_rank
+from orchestrator.execution.worker import Plan, Returned, train_rank
 from orchestrator.failures.classify import Evidence, RankFailed
 
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +35,7 @@ def main() -> None:
     plan = plan_from_json(sys.stdin.read())
     rank = int(os.environ["RANK"])
     try:
-        told: dict[str, Any] = {"value": _train(plan, rank, arguments)}
+        told: dict[str, Any] = {"returned": asdict(_train(plan, rank, arguments))}
     except RankFailed as error:
         told = {"failure": asdict(error.evidence)}
     except Exception as error:
@@ -56,7 +56,7 @@ def die_with(parent: int) -> None:
         os._exit(1)  # it died before we asked
 
 
-def _train(plan: Plan, rank: int, told: argparse.Namespace) -> str:
+def _train(plan: Plan, rank: int, told: argparse.Namespace) -> Returned:
     import torch
     import torch.distributed as dist
 
@@ -68,9 +68,9 @@ def _train(plan: Plan, rank: int, told: argparse.Namespace) -> str:
         timeout=RENDEZVOUS, **({} if listener is None else {"master_listen_fd": listener}),
     )  # fmt: skip
     dist.init_process_group(told.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE)
-    value = train_rank(plan, rank=rank, world_size=world_size, local_rank=told.device)
+    returned = train_rank(plan, rank=rank, world_size=world_size, local_rank=told.device)
     dist.destroy_process_group()
-    return value
+    return returned
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from orchestrator.execution.place import Tracker
 from orchestrator.execution.placement import Node, Placement, can_take, nodes
 from orchestrator.execution.ray_names import Identity, named_controller, tell_submitted_job
 from orchestrator.execution.shared_storage import PATIENCE, check_shared, local_path
-from orchestrator.execution.worker import Plan
+from orchestrator.execution.worker import Plan, Returned
 from orchestrator.failures.classify import Evidence, FailureKind, RankFailed, RanksFailed, first_cause
 from orchestrator.stack import Stack
 
@@ -80,30 +80,31 @@ class OnRay:
     def resources(self) -> Mapping[str, Any]:
         return asdict(capacity())
 
-    def fit(self, plan: Plan, settings: Settings) -> str:
-        from orchestrator.execution.trainer import torch_trainer
+    def fit(self, plan: Plan, settings: Settings) -> Returned:
+        from orchestrator.execution.trainer import attempt_trainer
 
         if self._stack.checkpoint_writers:
             plan = replace(plan, slab_directory=self._stack.slab_directory)
         identity = Identity.of(plan.ticket)
         if submission_id():
             tell_submitted_job(submission_id(), plan.ticket)
-        trainer = torch_trainer(
+        trainer = attempt_trainer(
             plan,
             workers=settings.resources.workers,
-            resources_per_worker=_per_worker(settings.resources),
+            resources_per_worker=per_worker(settings.resources),
             placement=settings.resources.placement.value.upper(),
             storage=str(Path(self._stack.home) / "ray" / "train"),
         )
         with Placement(identity.title) as placement, named_controller(identity):
             self._placement = placement
             try:
-                return trainer.fit().return_value
+                returned: Returned = trainer.fit().return_value
+                return returned
             except Exception as error:  # Ray Train's, with one exception per rank inside
-                evidence = _evidence(error, plan.secrets)
+                evidence = evidence_of(error, plan.secrets)
                 for found in evidence:
                     logger.info("Ray Train says of rank %d: %s: %s", found.rank, found.type, found.message)
-                raise RanksFailed(_with_lost_nodes(evidence, placement)) from error
+                raise RanksFailed(with_lost_nodes(evidence, placement)) from error
 
     def close(self) -> None:
         if self._is_ours:
@@ -114,7 +115,7 @@ def _others(known: Sequence[Node], here: Node, wanted: ResourcesConfig) -> list[
     """Nodes besides this one on which workers may be while others are elsewhere."""
     if wanted.placement is Strategy.strict_pack:
         return []
-    return [node for node in known if node.id != here.id and can_take(node, _per_worker(wanted))]
+    return [node for node in known if node.id != here.id and can_take(node, per_worker(wanted))]
 
 
 def _read_everywhere(others: Mapping[str, Node], path: str, token: str) -> dict[str, str]:
@@ -134,7 +135,7 @@ def _read_everywhere(others: Mapping[str, Node], path: str, token: str) -> dict[
         time.sleep(0.5)
 
 
-def _per_worker(wanted: ResourcesConfig) -> dict[str, float]:
+def per_worker(wanted: ResourcesConfig) -> dict[str, float]:
     """In Ray's names and units."""
     named = {
         "CPU": wanted.cpus_per_worker,
@@ -144,7 +145,7 @@ def _per_worker(wanted: ResourcesConfig) -> dict[str, float]:
     return {name: amount for name, amount in named.items() if amount or name == "CPU"}
 
 
-def _with_lost_nodes(evidence: Sequence[Evidence], placement: Placement) -> list[Evidence]:
+def with_lost_nodes(evidence: Sequence[Evidence], placement: Placement) -> list[Evidence]:
     """Ray tells of a dead node late, and the ranks elsewhere only that somebody hung up."""
     try:
         lost = placement.lost(NOTICE if _may_be_a_lost_node(evidence, placement) else 0.0)
@@ -166,7 +167,7 @@ def _may_be_a_lost_node(evidence: Sequence[Evidence], placement: Placement) -> b
     return any(isinstance(answer, Exception) for answer in answers.values())
 
 
-def _evidence(error: Exception, secrets: Sequence[str]) -> list[Evidence]:
+def evidence_of(error: Exception, secrets: Sequence[str]) -> list[Evidence]:
     """Ray Train's exception as evidence of every rank, without secrets."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
     if not failures:

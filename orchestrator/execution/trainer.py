@@ -1,24 +1,32 @@
-"""A plan and its resources as a TorchTrainer. The only module that knows Ray Train's arguments."""
+"""Loops of ranks as a TorchTrainer. The only module that knows Ray Train's arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.execution.ray_names import Identity, title_process, worker_names
+from orchestrator.execution.ray_names import Identity, LaneIdentity, title_process, worker_names
 from orchestrator.execution.ray_pointer import KEPT, RayPointers, pointer_callbacks
-from orchestrator.execution.worker import Plan, train_rank
+from orchestrator.execution.worker import Plan, Returned, train_rank
 
 
 def torch_trainer(
-    plan: Plan, *, workers: int, resources_per_worker: dict[str, float], placement: str, storage: str
+    loop: Callable[[], Any],
+    *,
+    identity: Identity | LaneIdentity,
+    name: str,
+    workers: int,
+    resources_per_worker: dict[str, float],
+    placement: str,
+    storage: str,
+    callbacks: list[Any] | None = None,
 ) -> Any:
-    """A TorchTrainer (Train V2) that runs `plan` once.
+    """A TorchTrainer (Train V2) of which every rank runs `loop` once; `name` is that of its directory in `storage`.
 
     Ray Train neither retries nor resumes here: restarts are attempts, which are ours to number, and resuming needs no
     snapshot of Ray's. Metrics never go through `train.report`, only pointers to checkpoints do; see ray_pointer.py.
     """
-    import ray.train
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig  # ray.train has an older engine's
@@ -30,20 +38,29 @@ def torch_trainer(
         resources_per_worker=resources_per_worker,
         placement_strategy=placement,
     )
-    ticket = plan.ticket
-    identity = Identity.of(ticket)
-    forgiving = pointer_callbacks()
-    has_pointers = bool(forgiving)
     run_config = RunConfig(
-        name=f"{ticket.run}-attempt-{ticket.attempt}",  # a directory: the run's own name may hold a slash
+        name=name,
         storage_path=storage,
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
         checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-        callbacks=[*worker_names(identity), *forgiving],
+        callbacks=[*worker_names(identity), *(callbacks or [])],
     )
-    directory = Path(storage) / f"{ticket.run}-attempt-{ticket.attempt}"
+    # Not as `train_loop_config`, which Ray Train keeps and exports: the plan holds the user's secrets in clear.
+    return TorchTrainer(cast(Any, loop), scaling_config=scaling, run_config=cast(Any, run_config))
 
-    def loop() -> str:
+
+def attempt_trainer(plan: Plan, *, storage: str, **resources: Any) -> Any:
+    """Runs `plan` once. `resources` are `torch_trainer`'s."""
+    ticket = plan.ticket
+    identity = Identity.of(ticket)
+    name = f"{ticket.run}-attempt-{ticket.attempt}"  # a directory: the run's own name may hold a slash
+    forgiving = pointer_callbacks()
+    has_pointers = bool(forgiving)
+    directory = Path(storage) / name
+
+    def loop() -> Returned:
+        import ray.train
+
         context = ray.train.get_context()
         rank = context.get_world_rank()
         title_process(identity.process(rank))
@@ -56,5 +73,34 @@ def torch_trainer(
             pointers=RayPointers(directory, rank=rank) if has_pointers else None,
         )
 
-    # Not as `train_loop_config`, which Ray Train keeps and exports: the plan holds the user's secrets in clear.
-    return TorchTrainer(cast(Any, loop), scaling_config=scaling, run_config=cast(Any, run_config))
+    return torch_trainer(loop, identity=identity, name=name, storage=storage, callbacks=forgiving, **resources)
+
+
+def lane_trainer(identity: LaneIdentity, *, desk: str, growth: int, storage: str, **resources: Any) -> Any:
+    """Runs a generation of a lane, which takes its jobs from the desk of that name. `growth` in bytes, see
+    lane_worker.py; `resources` are `torch_trainer`'s. Pointers of Ray Train do not exist on lanes: what one job left in
+    its queue would be the next one's."""
+
+    def loop() -> str:
+        import ray.train
+
+        from orchestrator.execution.handles import RemoteDesk
+        from orchestrator.execution.lane_worker import serve
+
+        context = ray.train.get_context()
+        rank = context.get_world_rank()
+        title_process(identity.process(rank))
+        return serve(
+            RemoteDesk(desk),
+            lane=identity.lane,
+            generation=identity.generation,
+            rank=rank,
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            node=ray.get_runtime_context().get_node_id(),
+            growth=growth,
+            title=title_process,
+        )
+
+    name = f"{identity.sweep}-lane-{identity.lane}-g{identity.generation}"
+    return torch_trainer(loop, identity=identity, name=name, storage=storage, **resources)

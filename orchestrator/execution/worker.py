@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -25,10 +26,22 @@ if TYPE_CHECKING:
     from orchestrator.checkpoints.policy import CheckpointPolicy
     from orchestrator.checkpoints.staging import Stager
     from orchestrator.tracking.logger import Logger
+    from orchestrator.training.judging import Judge
     from orchestrator.training.pointers import Pointers
 
-DONE, STOPPED = "done", "stopped"
-"""What a worker returns to the driver: it went to its end, or it stopped because it was asked to."""
+DONE, STOPPED, PAUSED, ENDED = "done", "stopped", "paused", "ended"
+"""How a rank came back: its function returned; it was asked to stop; its judge paused it at its milestone, with a
+durable checkpoint; its judge ended it early."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """What a rank, and a place for all of them, says to the driver. Survives JSON and pickle."""
+
+    how: str
+    """DONE, STOPPED, PAUSED or ENDED."""
+    tally: Mapping[str, Any] = field(default_factory=dict)
+    """`training.judging.Tally.to_json()` of rank 0; empty on other ranks and where nothing was judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +76,29 @@ class Plan:
     """Where, on each host, checkpoints are handed to their writers; "": ranks write by themselves."""
     may_start_writer: bool = False
     """A rank starts a writer where none answers. Never on Ray, which kills what its workers start."""
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    """What ends or pauses the training besides its function, see `training.judging.judge`."""
+    clone: Mapping[str, Any] = field(default_factory=dict)
+    """The checkpoint of another run that this attempt starts from: {"directory" of that run, "name", "sha256", "job"};
+    with the same job a later attempt goes on from its own checkpoints. Empty: the run's own newest one."""
+    sweep: str = ""
+    """The sweep that this run is a trial of."""
+    waits_for_record: bool = True
+    """Whether a rank waits for its spool to be shipped before it returns. A lane does not: the agent ships."""
 
 
 def train_rank(
-    plan: Plan, *, rank: int, world_size: int, local_rank: int, node: str = "", pointers: Pointers | None = None
-) -> str:
-    """The life of one rank, on the cluster's node of that id. Returns DONE or STOPPED; what the user's function raises
-    is recorded and raised as RankFailed. `pointers` hear of checkpoints.
+    plan: Plan,
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    node: str = "",
+    pointers: Pointers | None = None,
+    judge: Judge | None = None,
+) -> Returned:
+    """The life of one rank, on the cluster's node of that id. What the user's function raises is recorded and raised as
+    RankFailed. `pointers` hear of checkpoints. `judge` takes the place of the plan's, on every rank.
     """
     import torch
 
@@ -88,11 +117,12 @@ def train_rank(
     )
     try:
         with rank_log(log_path(ticket, rank), ticket, rank, secrets=plan.secrets, components=plan.debug):
-            return _run_user_function(plan, logger, rank, world_size, local_rank, node, pointers)
+            return _run_user_function(plan, logger, rank, world_size, local_rank, node, pointers, judge)
     finally:
         copy_to_storage(ticket, log_path(ticket, rank), structured(log_path(ticket, rank)))
         # The agent ships the rest in any case; waiting means that what follows the run sees all of it.
-        logger.flush(plan.flush_timeout)
+        if plan.waits_for_record:
+            logger.flush(plan.flush_timeout)
         logger.close()
 
 
@@ -106,17 +136,27 @@ def _enter(code_paths: tuple[str, ...]) -> None:
 
 
 def _run_user_function(
-    plan: Plan, logger: Any, rank: int, world_size: int, local_rank: int, node: str, pointers: Pointers | None
-) -> str:
+    plan: Plan,
+    logger: Any,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    node: str,
+    pointers: Pointers | None,
+    judge: Judge | None,
+) -> Returned:
     from orchestrator.checkpoints.policy import CheckpointPolicy
     from orchestrator.config import config_schema, load_function, user_config
     from orchestrator.provenance.ranks import of_rank
-    from orchestrator.training.run import Run, RunStopped
+    from orchestrator.training import judging
+    from orchestrator.training.run import Run, RunEnded, RunPaused, RunStopped
 
     run: Run | None = None
     try:
         function = load_function(plan.train)
         policy = CheckpointPolicy(**plan.checkpoints)
+        if plan.clone and rank == 0:  # the others find it together with this one, when they restore
+            _clone(plan, logger)
         run = Run(
             plan.ticket,
             logger,
@@ -132,13 +172,17 @@ def _run_user_function(
             config_hash=plan.config_hash,
             perf=plan.perf,
             pointers=pointers,
+            judge=judge or judging.judge(plan.judge, best_metric=(policy.best_metric, str(policy.best_direction))),
         )
         where = of_rank(rank, device=str(run.device), node=node)
         logger.fact(Fact(kind=FactKind.provenance, at=time.time(), data=where))
-        function(run, user_config(dict(plan.user), config_schema(function)))
+        with contextlib.suppress(RunEnded):
+            function(run, user_config(dict(plan.user), config_schema(function)))
         run.finish()
+    except RunPaused:
+        return Returned(how=PAUSED, tally=run.tally() if run is not None else {})
     except RunStopped:
-        return STOPPED
+        return Returned(how=STOPPED, tally=run.tally() if run is not None else {})
     except BaseException as error:
         evidence = Evidence(
             rank=rank,
@@ -163,7 +207,28 @@ def _run_user_function(
     finally:
         if run is not None:
             run.close()
-    return DONE
+    # A function may have caught what it was paused or ended by.
+    how = {judging.Action.pause: PAUSED, judging.Action.end: ENDED}.get(run.verdict.action, DONE)
+    return Returned(how=how, tally=run.tally())
+
+
+def _clone(plan: Plan, logger: Logger) -> None:
+    """Rank 0 takes over the checkpoint that the plan names. Raises CheckpointError, OSError."""
+    from orchestrator.backends.storage import Storage
+    from orchestrator.checkpoints import catalog
+    from orchestrator.checkpoints.clone import clone
+
+    told, ticket = plan.clone, plan.ticket
+    source, target = (Storage(each).join("checkpoints") for each in (told["directory"], ticket.directory))
+    with catalog.in_use(source, told["name"], now=time.time()):
+        manifest = clone(
+            source, told["name"], target, run=ticket.run, attempt=ticket.attempt, now=time.time(),
+            sha256=told.get("sha256", ""), job=str(told.get("job", "")),
+        )  # fmt: skip
+    message = f"goes on from {source.uri(told['name'])} with settings of its own"
+    details = {"checkpoint": manifest.id, "from": source.uri(told["name"])}
+    data = {"kind": "cloned", "level": "info", "message": message, "step": manifest.step, "details": details}
+    logger.fact(Fact(kind=FactKind.event, at=time.time(), data=data))
 
 
 def stager_of_rank(

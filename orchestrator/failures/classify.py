@@ -127,7 +127,7 @@ MENDED_BY_RESTART = frozenset({FailureKind.worker_killed, FailureKind.node_lost,
 
 def first_cause(evidence: Sequence[Evidence]) -> Finding:
     """The finding for an attempt that failed. `evidence` is not empty."""
-    cause = min(evidence, key=lambda e: (_is_echo(e), e.at, e.rank))
+    cause = min(evidence, key=lambda e: (is_echo(e), e.at, e.rank))
     kind = _kind(cause)
     status = RunStatus.crashed if kind in (FailureKind.worker_killed, FailureKind.node_lost) else RunStatus.failed
     return Finding(kind=kind, status=status, what=_what(kind, cause), evidence=cause, hint=_hint(kind, cause))
@@ -178,7 +178,7 @@ def _kind(cause: Evidence) -> FailureKind:
 
 def _what(kind: FailureKind, cause: Evidence) -> str:
     if kind is FailureKind.worker_killed:
-        if _is_echo(cause):
+        if is_echo(cause):
             return "another rank's process died without a word; this is how it was noticed"
         return "the worker process died without a word"
     if kind is FailureKind.node_lost:
@@ -199,7 +199,7 @@ def _hint(kind: FailureKind, cause: Evidence) -> str:
     return _last_user_line(cause.traceback)
 
 
-def _is_echo(evidence: Evidence) -> bool:
+def is_echo(evidence: Evidence) -> bool:
     return bool(_ECHO.search(f"{evidence.type}: {evidence.message}"))
 
 

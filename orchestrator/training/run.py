@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from orchestrator.backends.storage import Storage
+from orchestrator.checkpoints.clone import is_clone
 from orchestrator.checkpoints.engine import CheckpointEngine, NotWorthSaving, SaveFailed, TooLarge
 from orchestrator.checkpoints.manifest import CheckpointInfo, CheckpointState
 from orchestrator.checkpoints.policy import CheckpointPolicy
@@ -35,6 +36,7 @@ from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training import seeds
 from orchestrator.training.group import Group, Value
+from orchestrator.training.judging import Action, Judge, Report, Verdict
 from orchestrator.training.loader import ShardedLoader
 from orchestrator.training.pace import CHECKPOINT_METRICS, METRICS, Pace, peak_memory
 from orchestrator.training.pointers import Pointers
@@ -61,6 +63,21 @@ class RunStopped(BaseException):
         return f"Run {self.run} was asked to stop at step {self.step}."
 
 
+class RunPaused(RunStopped):
+    """The run has reached the milestone up to which it was to train, and is saved: another attempt may go on."""
+
+    def __str__(self) -> str:
+        return f"Run {self.run} waits at its milestone, at step {self.step}."
+
+
+class RunEnded(RunStopped):
+    """The run was ended early, see judging.py. Raised only where the train function does not use `run.epochs`, which
+    else gives no further epoch."""
+
+    def __str__(self) -> str:
+        return f"Run {self.run} was ended early at step {self.step}."
+
+
 PERIODIC = ("every_steps", "every_epochs", "every_minutes", FULL)
 """Reasons to save that come again: where there is no room, such a checkpoint is skipped."""
 
@@ -79,18 +96,31 @@ class Decision:
     """What the engine needs to know of the save on all ranks."""
     pointer: str = ""
     """What the launcher's `pointers` shall be given on all ranks."""
+    action: Action = Action.go
+    """What the judge says; a wish to stop goes before it."""
+    why: str = ""
 
     @property
     def must(self) -> bool:
         return any(reason not in PERIODIC for reason in self.reasons)
 
+    @property
+    def leaves(self) -> bool:
+        """Whether nothing follows that could save what this report was not given."""
+        return self.stop or self.action is Action.pause
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(
+            (self.reasons, self.is_best, self.stop, self.best, self.announced, self.pointer, self.action, self.why)
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Decision:
-        raw = json.loads(text)
-        return cls(**{**raw, "reasons": tuple(raw["reasons"])})
+        reasons, is_best, stop, best, announced, pointer, action, why = json.loads(text)
+        return cls(
+            reasons=tuple(reasons), is_best=is_best, stop=stop, best=best, announced=announced, pointer=pointer,
+            action=Action(action), why=why,
+        )  # fmt: skip
 
 
 class Run:
@@ -121,12 +151,14 @@ class Run:
         accumulation_steps: int = 1,
         perf: bool = False,
         pointers: Pointers | None = None,
+        judge: Judge | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `stager`
         takes checkpoints from training's hands; without one a save writes before it returns. `spool_directory`: where
         the record hears of a checkpoint that became durable after this process was gone. `perf` records how fast
-        it goes; see pace.py. `pointers` hear of checkpoints; given on all ranks or on none."""
+        it goes; see pace.py. `pointers` hear of checkpoints; given on all ranks or on none, as is `judge`, which may
+        pause or end the training; see judging.py."""
         self._pointers = pointers
         self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
         self._clock = clock or SystemClock()
@@ -172,6 +204,10 @@ class Run:
         self._skips_logged = 0
         self._pace = Pace(self._record_pace, peak_memory(self._device)) if perf else None
         self._explained: set[str] = set()
+        self._judge = judge
+        self._verdict = Verdict(Action.go)
+        """The judge's last word, on all ranks."""
+        self._uses_epochs = self._ended_in_epochs = False
         if seeds_generators:
             seeds.seed_everything(seed, rank)
 
@@ -228,6 +264,21 @@ class Run:
         return self._epoch
 
     @property
+    def verdict(self) -> Verdict:
+        """Whether the run's judge has paused or ended it; the same on all ranks."""
+        return self._verdict
+
+    def tally(self) -> dict[str, Any]:
+        """`judging.Tally.to_json` of what the judge has counted; empty without one, and on other ranks than 0."""
+        if self._judge is None or not self.is_main:
+            return {}
+        newest = self._checkpoints.newest()
+        found = {} if newest is None else {
+            "name": newest.id.rpartition("/")[2], "sha256": newest.manifest_sha256, "step": newest.step
+        }  # fmt: skip
+        return replace(self._judge.tally(), checkpoint=found).to_json()
+
+    @property
     def should_stop(self) -> bool:
         """Whether this rank has heard that the run shall stop. Ranks hear it at different times: to stop together,
         call `report`."""
@@ -259,7 +310,7 @@ class Run:
 
         Without a `log` since the last one that had metrics, it is a step of its own. Rank 0's metrics, clock and stop
         request decide for all. Gives the checkpoint, if one was saved. A save that fails is an event, and training
-        goes on. Raises RunStopped.
+        goes on. Raises RunStopped; RunPaused and RunEnded where the run has a judge.
         """
         self._hear_of_saves()
         metrics = metrics or {}
@@ -276,16 +327,14 @@ class Run:
         decision = self._decide(numbers, state is not None, best)
         info = None
         if decision.reasons:
-            state = self._state if state is None and decision.stop else state
+            state = self._state if state is None and decision.leaves else state
             if state is None:
                 raise UserError(
                     f"rank 0 called run.report with a state, rank {self.rank} without: give it on every rank."
                 )
             info = self._save_or_tell(state, numbers, decision)
-        if decision.stop:
-            self._await_saves()
-            self._end_pace()
-            raise RunStopped(self.id, self._step)
+        if decision.stop or decision.action is not Action.go:
+            self._obey(decision)
         if self._state is not None and self._policy.on_exception:
             self._last_report = self._whereabouts()
         return info
@@ -344,8 +393,12 @@ class Run:
 
         An epoch is over when the loops over its prepared DataLoaders are: a checkpoint saved inside such a loop
         continues there, one saved after it (or without any) continues with the next epoch. Call `run.state` before.
+        None is left for a run that was ended early (`stopping`, a sweep).
         """
+        self._uses_epochs = True
         for epoch in range(self._first_epoch, count):
+            if self._verdict.action is Action.end:
+                return
             self._epoch = epoch
             for loader in self._loaders:
                 loader.set_epoch(epoch)
@@ -391,6 +444,10 @@ class Run:
                 self._continue_from(stored, state)
         self._checkpoints.expect(state)
         self._is_state_new = True
+        if self._verdict.action is Action.pause:
+            raise RunPaused(self.id, self._step)
+        if self._verdict.action is Action.end and not self._ended_in_epochs:
+            raise RunEnded(self.id, self._step)
         return state
 
     def save(
@@ -454,6 +511,9 @@ class Run:
         if self._policy.best_metric and self._best is None and self._state is not None and self.is_main:
             what = f"checkpoints.best_metric is {self._policy.best_metric!r}, but run.report was never given it"
             self.event("best-metric-missing", what, level="warning")
+        if self._judge is not None and self.is_main and (missing := self._judge.missing()):
+            what = f"{', '.join(missing)} is to judge the run by, but run.report was never given it"
+            self.event("objective-missing", what, level="warning")
         if self._state is None:
             return  # of all ranks: perhaps rank 0 alone records, so nothing collective
         self._await_saves()
@@ -498,6 +558,8 @@ class Run:
         _one_of("reduction", reduction, ("mean", "min", "max", "sum", "last"))
         given = {"unit": unit, "direction": direction, "reduction": reduction}
         self._tell_once(FactKind.metric, {"name": name, **{key: value for key, value in given.items() if value}})
+        if direction and self._judge is not None:
+            self._judge.declared(name, direction)
 
     def dataset(
         self,
@@ -616,7 +678,26 @@ class Run:
         return self._optimizer_steps.count, [loader.state_dict() for loader in self._loaders], seeds.drawn()
 
     def _progress(self) -> dict[str, Any]:
-        return {"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged}
+        progress: dict[str, Any] = {"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged}
+        if self._judge is not None and self.is_main:  # rank 0's is what is stored
+            progress["judge"] = self._judge.state()
+        return progress
+
+    def _obey(self, decision: Decision) -> None:
+        """At the end of a report that is the last one, or that the judge wants to be. Raises RunStopped."""
+        if not decision.stop:
+            self._verdict = Verdict(decision.action, decision.why)
+            if decision.action is Action.end and self.is_main:
+                self.event("stopped-early", decision.why)
+            if decision.action is Action.end and self._uses_epochs:
+                return
+        self._await_saves()
+        self._end_pace()
+        if decision.stop:
+            raise RunStopped(self.id, self._step)
+        if decision.action is Action.end:
+            raise RunEnded(self.id, self._step)
+        raise RunPaused(self.id, self._step)
 
     def _decide(self, metrics: Mapping[str, float], has_state: bool, best: bool) -> Decision:
         """Rank 0's, on all ranks."""
@@ -630,10 +711,17 @@ class Run:
             is_better = improved(self._policy, now)
             if is_better:
                 self._best = metrics[self._policy.best_metric]
+            action, why = Action.go, ""
+            if self._judge is not None and metrics and self._verdict.action is not Action.end:
+                can_save = has_state or self._state is not None
+                action, why = self._judge.reported(
+                    Report(metrics, self._step, now.epochs_done, self._uses_epochs, can_save)
+                )
+                reasons += ("rung",) if action is Action.pause and can_save else ()
             announced = self._checkpoints.announce(self._step) if reasons else ""
             decision = Decision(
                 reasons=reasons, is_best=is_better or best, stop=stop, best=_text(self._best), announced=announced,
-                pointer=self._pointers.due() if self._pointers else "",
+                pointer=self._pointers.due() if self._pointers else "", action=action, why=why,
             )  # fmt: skip
         decision = Decision.from_json(self._group.share(decision.to_json()))
         if decision.pointer and self._pointers:
@@ -657,7 +745,7 @@ class Run:
         self, state: TrainState, metrics: Mapping[str, float], decision: Decision
     ) -> CheckpointInfo | None:
         """A save that nobody asked for by name: where it fails, an event says so and training goes on."""
-        ends = decision.stop or "end" in decision.reasons
+        ends = decision.leaves or "end" in decision.reasons
         try:
             info = self._save(
                 state, metrics, is_best=decision.is_best, reasons=decision.reasons, announced=decision.announced,
@@ -763,6 +851,9 @@ class Run:
             optimizer_steps=self._optimizer_steps.count,
         )  # fmt: skip
         self._durable = self._saved
+        if self._judge is not None and (judged := stored.progress.get("judge")) is not None:
+            self._verdict = self._judge.restore(judged, is_clone=is_clone(manifest))
+            self._ended_in_epochs = bool(judged["uses_epochs"])
         if self.is_main:
             where = f"continues from {manifest.name}: step {manifest.step}, epoch {self._first_epoch}"
             exact = "bit for bit" if not why else "relaxed: " + "; ".join(why)

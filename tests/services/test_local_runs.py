@@ -103,6 +103,18 @@ def test_a_cancelled_run_ends_cancelled(local: LocalStack, tmp_path: Path) -> No
     assert min(local.points(run.run, "perf/step_time")) > 0, "measured without being asked, to the end"
 
 
+def test_a_run_that_gets_no_better_ends_early_and_says_why(local: LocalStack) -> None:
+    words = ("run", "--local", "train=orchestrator.examples.digits:train", "epochs=6", "resources.workers=1")
+    stopping = ("metric=val/accuracy", "direction=max", "patience=2", "min_delta=2")
+    local.run(*ORC, *words, *(f"stopping.{each}" for each in stopping), cwd=PROJECT)
+    run = newest(local)
+    assert run.status is RunStatus.finished
+    assert run.reason.startswith("no better val/accuracy in 2 reports: the best is 0.")
+    assert len(local.points(run.run, "val/accuracy")) == 3
+    (said,) = [event.message for event in local.store.events(run.run) if event.kind == "stopped-early"]
+    assert said == run.reason
+
+
 def test_what_contradicts_local_mode_is_refused(local: LocalStack) -> None:
     before = len(local.store.runs(limit=100))
     for words, named in (

@@ -26,7 +26,9 @@ from orchestrator.examples import digits, first_job
 from orchestrator.provenance.datasets import fingerprint
 from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
-from orchestrator.training.run import Run, RunStopped
+from orchestrator.training import judging
+from orchestrator.training.judging import Action
+from orchestrator.training.run import Run, RunEnded, RunPaused, RunStopped
 from tests.plugins.delayed_stager import DelayedStager
 
 torch.set_num_threads(1)
@@ -608,3 +610,158 @@ def test_how_long_training_stood_still_is_recorded_if_speed_is(tmp_path: Path) -
     (stall,) = [values["perf/checkpoint_stall"] for _, values in recorder.points if "perf/checkpoint_stall" in values]
     assert stall > 0
     assert "perf/checkpoint_stall" in [fact["name"] for fact in recorder.facts(FactKind.metric)]
+
+
+# -- paused and ended by a judge ---------------------------------------------------------------------------
+
+
+NO_SAVES = CheckpointPolicy(every_epochs=0, at_end=False)
+VALUE = [["val", "min"]]
+
+
+def judged(**spec: Any) -> dict[str, Any]:
+    return {"judge": judging.judge(spec)}
+
+
+def test_a_pause_saves_whatever_the_policy_says_and_is_durable_before_it_is_raised(tmp_path: Path) -> None:
+    stager = DelayedStager(Storage(str(tmp_path / "checkpoints")))
+    spec = judged(until=2, objectives=VALUE, unit="epoch")
+    run, recorder = new_run(tmp_path, checkpoints=NO_SAVES, stager=stager, **spec)
+    with pytest.raises(RunPaused):
+        train(run, 5)
+    (saved,) = recorder.facts(FactKind.checkpoint)
+    assert (saved["epoch"], saved["reasons"]) == (1, ("rung",))
+    found = run.tally()["checkpoint"]
+    assert found == {"name": "step_00000014-a1", "sha256": saved["manifest_sha256"], "step": 14}
+    assert Path(tmp_path, "checkpoints", found["name"], "MANIFEST.json").exists()
+    assert run.verdict.action is Action.pause
+
+
+def test_paused_again_and_again_a_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, points = uninterrupted(tmp_path / "whole", 4)
+    recorders, tally = [], {}
+    for attempt, until in enumerate((1, 3, None), 1):
+        spec = judged(until=until, objectives=VALUE, unit="auto")
+        run, recorder = new_run(tmp_path / "parts", attempt, seed=3, checkpoints=NO_SAVES, **spec)
+        recorders.append(recorder)
+        if until is not None:
+            with pytest.raises(RunPaused):
+                train(run, 4)
+            assert run.tally()["resource"] == until
+        else:
+            model = train(run, 4)
+            run.finish()
+            tally = run.tally()
+    assert_equal(model, whole)
+    assert curve(*recorders) == points
+    assert [at for at, _ in tally["reports"]] == [1.0, 2.0, 3.0, 4.0]
+    assert tally["last"] == {"val": points[28, "val"]}
+
+
+def test_who_died_after_reaching_the_milestone_is_there_without_training(tmp_path: Path) -> None:
+    spec = {"until": 2, "objectives": VALUE, "unit": "epoch"}
+    first, _ = new_run(tmp_path, 1, checkpoints=NO_SAVES, **judged(**spec))
+    with pytest.raises(RunPaused):
+        train(first, 5)
+    again, recorder = new_run(tmp_path, 2, checkpoints=NO_SAVES, **judged(**spec))
+    with pytest.raises(RunPaused):
+        train(again, 5)
+    assert recorder.points == []
+    assert again.tally() == first.tally()
+
+
+def test_killed_on_the_way_to_the_milestone_the_tally_is_the_same(tmp_path: Path) -> None:
+    spec = {"until": 3, "objectives": VALUE, "unit": "epoch"}
+    tallies = []
+    for name, deaths in (("straight", ()), ("killed", (10, 17))):
+        for attempt, die_at in enumerate((*deaths, None), 1):
+            run, _ = new_run(tmp_path / name, attempt, seed=3, **judged(**spec))
+            with pytest.raises(Interrupted if die_at else RunPaused):
+                train(run, 5, die_at=die_at)
+        tallies.append({**run.tally(), "checkpoint": None})
+    assert tallies[0] == tallies[1]
+    assert len(tallies[0]["reports"]) == 3
+
+
+def test_what_a_crash_left_of_the_tally_is_in_the_newest_checkpoint(tmp_path: Path) -> None:
+    assert judging.tally_left(str(tmp_path)) == {}
+    run, _ = new_run(tmp_path, **judged(until=9, objectives=VALUE, unit="epoch"))
+    with pytest.raises(Interrupted):
+        train(run, 5, die_at=17)  # in the third epoch
+    left = judging.tally_left(str(tmp_path))
+    assert left == {**run.tally(), "checkpoint": left["checkpoint"]}
+    assert (left["resource"], left["checkpoint"]["step"]) == (2.0, 14)
+
+
+def test_a_wish_to_stop_goes_before_a_pause(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path, **judged(until=1, objectives=VALUE, unit="report"))
+    run.state(model=nn.Linear(1, 1))
+    recorder.stop_at = 1
+    with pytest.raises(RunStopped) as caught:
+        run.report({"val": 1.0})
+    assert type(caught.value) is RunStopped
+    assert recorder.facts(FactKind.checkpoint)[0]["reasons"] == ("stop", "rung")
+
+
+def test_without_a_state_a_pause_leaves_no_checkpoint_and_says_so(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path, **judged(until=1, objectives=VALUE, unit="report"))
+    with pytest.raises(RunPaused):
+        run.report({"val": 1.0})
+    assert recorder.facts(FactKind.checkpoint) == []
+    assert (run.tally()["has_state"], run.tally()["checkpoint"]) == (False, {})
+
+
+def test_what_goes_on_after_a_pause_is_paused_again(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path, **judged(until=1, objectives=VALUE, unit="report"))
+    for _ in range(2):
+        with pytest.raises(RunPaused):
+            run.report({"val": 1.0})
+
+
+def test_ended_early_there_is_no_further_epoch_and_the_rest_of_the_function_runs(tmp_path: Path) -> None:
+    spec = {"stopping": {"metric": "val", "patience": 2}}
+    run, recorder = new_run(tmp_path, checkpoints=CheckpointPolicy(keep_last=1), **judged(**spec))
+    seen = []
+    state = run.state(model=nn.Linear(1, 1))
+    for epoch in run.epochs(10):
+        seen.append(epoch)
+        run.report({"val": 1.0}, state=state)
+    run.report({"test": 0.5, "val": 0.0})
+    run.finish()
+    assert seen == [0, 1, 2]
+    assert recorder.points[-1][1] == {"test": 0.5, "val": 0.0}
+    reason = "no better val in 2 reports: the best is 1"
+    assert [each["message"] for each in recorder.facts(FactKind.event) if each["kind"] == "stopped-early"] == [reason]
+    tally = run.tally()
+    assert (tally["verdict"], tally["reason"], tally["last"]) == ("end", reason, {"val": 1.0})
+    assert tally["checkpoint"]["step"] == 4
+
+    resumed, recorder = new_run(tmp_path, 2, **judged(**spec))
+    resumed.state(model=nn.Linear(1, 1))
+    assert list(resumed.epochs(10)) == []
+    assert resumed.tally()["reason"] == reason
+    longer, _ = new_run(tmp_path, 3, **judged(stopping={"metric": "val", "patience": 4}))
+    longer.state(model=nn.Linear(1, 1))
+    assert list(longer.epochs(10)) == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_ended_early_a_loop_of_its_own_is_left_by_an_exception_that_saves(tmp_path: Path) -> None:
+    spec = {"stopping": {"target": 0.5}}
+    run, recorder = new_run(tmp_path, checkpoints=CheckpointPolicy(every_epochs=0), **judged(**spec))
+    state = run.state(model=nn.Linear(1, 1))
+    run.report({"val/loss": 0.9}, state=state)
+    with pytest.raises(RunEnded):
+        run.report({"val/loss": 0.4}, state=state)
+    run.finish()  # as the launcher does
+    assert [each["step"] for each in recorder.facts(FactKind.checkpoint)] == [2]
+    again, _ = new_run(tmp_path, 2, **judged(**spec))
+    with pytest.raises(RunEnded):
+        again.state(model=nn.Linear(1, 1))
+
+
+def test_what_shall_judge_and_was_never_reported_is_an_event(tmp_path: Path) -> None:
+    run, recorder = new_run(tmp_path, **judged(objectives=[["val/acuracy", "max"]], until=None))
+    run.report({"val/accuracy": 0.5})
+    run.finish()
+    (event,) = recorder.facts(FactKind.event)
+    assert (event["kind"], event["message"].split(" ")[0]) == ("objective-missing", "val/acuracy")
