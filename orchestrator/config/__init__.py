@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.capacity import ClusterCapacity, NodeCapacity, check_resources
+from orchestrator.config.capacity import ClusterCapacity, NodeCapacity, check_resources, gangs
 from orchestrator.config.functions import config_schema, load_function
 from orchestrator.config.identity import ABSENT, Change, canonical_json, config_hash, diff, flatten
 from orchestrator.config.job import Job, render
@@ -28,8 +28,10 @@ from orchestrator.config.settings import (
     Resume,
     RunConfig,
     Settings,
+    StopConfig,
     StorageConfig,
     SubmitConfig,
+    SweepConfig,
     TrackingConfig,
 )
 from orchestrator.config.storage import check_storage, storage_location
@@ -59,8 +61,10 @@ __all__ = [
     "SecretFilter",
     "Section",
     "Settings",
+    "StopConfig",
     "StorageConfig",
     "SubmitConfig",
+    "SweepConfig",
     "TrackingConfig",
     "build",
     "canonical_json",
@@ -73,6 +77,7 @@ __all__ = [
     "dump",
     "flatten",
     "from_hydra",
+    "gangs",
     "load_function",
     "looks_secret",
     "redact",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.settings import Placement, ResourcesConfig, Settings
@@ -59,6 +60,32 @@ def check_resources(settings: Settings, cluster: ClusterCapacity) -> None:
     hint = f"The nearest that fits is resources.workers={possible}"
     hint += _smaller_workers(wanted, cluster)
     raise ConfigError("resources.workers", wanted.workers, why, hint + ".")
+
+
+def gangs(settings: Settings, cluster: ClusterCapacity) -> int:
+    """How many groups of workers like this the empty cluster holds at once, 0 if not one.
+
+    The workers of one group may lie on several nodes, except with `strict_pack`; with `strict_spread` they must.
+    """
+    wanted = settings.resources
+    room = [_fit(node, wanted) for node in cluster.nodes]
+    if wanted.placement is Placement.strict_pack:
+        return sum(count // wanted.workers for count in room)
+    if wanted.placement is Placement.strict_spread:
+        return _spread_gangs(room, wanted.workers)
+    return sum(room) // wanted.workers
+
+
+def _spread_gangs(room: Sequence[int], workers: int) -> int:
+    """The most groups of which no two workers share a node: one group takes at most one place of each node."""
+    fewest, most = 0, sum(room) // workers
+    while fewest < most:  # k groups fit where the nodes hold k x workers, none of them counted more than k times
+        middle = (fewest + most + 1) // 2
+        if sum(min(count, middle) for count in room) >= middle * workers:
+            fewest = middle
+        else:
+            most = middle - 1
+    return fewest
 
 
 def _worker_limits(wanted: ResourcesConfig, cluster: ClusterCapacity) -> list[tuple[str, str, float, float]]:

@@ -8,12 +8,15 @@ only here is known which keys exist, and because the errors should be for people
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -37,11 +40,11 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from orchestrator.config.functions import config_schema, load_function
-from orchestrator.config.identity import config_hash, flatten, json_number
+from orchestrator.config.identity import ABSENT, config_hash, flatten, json_number
 from orchestrator.config.job import Job
 from orchestrator.config.names import did_you_mean, lookalike, nearest
 from orchestrator.config.redaction import HIDDEN, looks_secret, redact_text, redact_url, redact_value, url_passwords
-from orchestrator.config.settings import NOT_INHERITED, OURS, RESERVED, Settings
+from orchestrator.config.settings import NOT_INHERITED, OURS, RESERVED, Settings, SweepConfig
 from orchestrator.config.storage import check_storage, storage_location
 from orchestrator.config.typed import build, defaults, dump, is_mapping_type, schema_keys, unknown_key
 from orchestrator.errors import ConfigError
@@ -53,6 +56,8 @@ ROOT = "orc_root"
 """What Hydra calls the root configuration, conf/orc.yaml, when we compose it."""
 
 _OUR_KEYS = schema_keys(Settings)
+_LATER = ("sweep.", "stopping.")
+"""Sections whose keys (samples, points, patience, target …) are good names for keys of a user's, too."""
 _ENV = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z_]\w*)")
 _PLACEHOLDER = re.compile(r"\$\{oc\.env:[A-Za-z_]\w*\}")
 
@@ -79,13 +84,206 @@ def compose(
     by default the one that the train function's `cfg` is annotated with. With `needs_train=False` (for commands that
     start no run) the train function may be missing and is not looked at. Leaves no Hydra state and no directory behind.
     """
-    parsed = [_parsed(override) for override in overrides]
+    tree = _composed([_parsed(override) for override in overrides], config_dir, base, user_schema, needs_train)
+    return _job(tree.config, tree.schema, tree.sources)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """A key that has another value in each trial. Example: Searched(key="optim.lr", example=0.003)."""
+
+    key: str
+    example: Any
+    """A value for where nothing is configured."""
+    items: Sequence[Any] = ()
+    """All that it may be, if those are listed. Names of files, where the key is a group."""
+    is_added: bool = False
+    """Whether it was written as `+key=`."""
+    line: str = ""
+    """What was written, for messages."""
+
+
+class Draft:
+    """A configuration whose searched keys are not known yet, because it names some of them itself. See `draft`."""
+
+    def __init__(self, parsed: Sequence[Override], config_dir: Path | None, base: Mapping[str, Any] | None) -> None:
+        self._parsed, self._config_dir, self._base = list(parsed), config_dir, base
+        self._tree = self._composed(())
+
+    @property
+    def space(self) -> Mapping[str, Any]:
+        """`sweep.space` as it is written."""
+        given = _unresolved(self._tree.config)["sweep"]
+        found = given.get("space") if isinstance(given, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def template(self, searched: Sequence[Searched], space: Mapping[str, str]) -> Template:
+        """`space` is what the base job shows as `sweep.space`. Raises ConfigError for a key that does not exist."""
+        with _hydra(self._config_dir) as files:
+            groups = {each.key: each for each in searched if each.items and files.is_group(self._choice(each))}
+        for each in groups.values():
+            for item in each.items:
+                if not isinstance(item, str):
+                    raise ConfigError(each.key, item, "there is no such choice: its choices are names of files.")
+        begin = {key: str(each.items[0]) for key, each in groups.items() if each.is_added}
+        values = [each for each in searched if each.key not in groups]
+
+        def tree(choices: Mapping[str, str]) -> _Tree:
+            chosen = {**begin, **choices}
+            lines = [self._choice(groups[key], name) for key, name in chosen.items()]
+            found = self._composed(lines) if lines else self._tree
+            for each in values:
+                found.open(each)
+            _replace(found.config, "sweep.space", dict(space))
+            return found
+
+        return Template(tree, {key: tuple(map(str, each.items)) for key, each in groups.items()})
+
+    def _choice(self, searched: Searched, name: str = "") -> Override:
+        return _parsed(f"{'+' if searched.is_added else ''}{searched.key}={name or searched.items[0]}")
+
+    def _composed(self, more: Sequence[Override]) -> _Tree:
+        return _composed([*self._parsed, *more], self._config_dir, self._base, None, True, keeps_sweep=True)
+
+
+def draft(
+    overrides: Sequence[str],
+    *,
+    config_dir: Path | None = None,
+    base: Mapping[str, Any] | None = None,
+    keeps_sweep: bool = False,
+) -> Draft:
+    """What `compose` reads, up to where the searched keys must be known. `overrides` hold plain values only.
+
+    With `keeps_sweep` the sweep goes on that `base` belongs to: its `sweep` section is taken over.
+    """
+    if base is not None and not keeps_sweep:
+        base = {name: value for name, value in base.items() if name != "sweep"}
+    return Draft([_parsed(override) for override in overrides], config_dir, base)
+
+
+class Template:
+    """A configuration with other values in each trial. Composed once; `job` takes a few milliseconds.
+
+    Safe to use from several threads.
+    """
+
+    base: Job
+    """With the configured values of the searched keys, and with an example where nothing is configured."""
+    groups: Mapping[str, Sequence[str]]
+    """The searched keys that choose files, with their choices."""
+
+    def __init__(self, tree: Callable[[Mapping[str, str]], _Tree], groups: Mapping[str, Sequence[str]]) -> None:
+        self._make, self.groups = tree, groups
+        self._trees: dict[tuple[tuple[str, str], ...], _Tree] = {}
+        self._lock = Lock()
+        first = tree({})
+        self.base = _job(first.config, first.schema, first.sources)
+        self._trees[()] = first.for_trials()
+
+    @property
+    def examples(self) -> frozenset[str]:
+        """The searched keys for which nothing is configured."""
+        return frozenset(self._trees[()].examples)
+
+    def raw(self, key: str) -> Any:
+        """The base's value of a key as it is written, `${…}` included."""
+        return _at(_unresolved(self._trees[()].config), key)
+
+    def settle(self, sweep: SweepConfig) -> None:
+        """Another `sweep` section for the base job, for what is found out only after composing."""
+        settings = dataclasses.replace(self.base.settings, sweep=sweep)
+        resolved = {**self.base.resolved, "sweep": _stored(dump(sweep), {}, {})}
+        self.base = dataclasses.replace(self.base, settings=settings, resolved=resolved)
+
+    def job(self, values: Mapping[str, Any]) -> Job:
+        """The configuration of a trial: the same as of a single run with these values. Keys that are left out have the
+        base's value. Raises ConfigError that names the key of a value that does not fit."""
+        with self._lock:
+            tree = self._chosen({key: str(values[key]) for key in self.groups if key in values})
+            changed = {key: value for key, value in values.items() if key not in self.groups}
+            for key, value in changed.items():
+                if _at(tree.raw, key) is ABSENT:
+                    raise ConfigError(key, redact_value(key, value), "is not searched.")
+            if tree.is_plain and all(_is_plain(value) and not isinstance(value, dict) for value in changed.values()):
+                raw = tree.raw
+                for key, value in changed.items():
+                    raw = _with(raw, key.split("."), value)
+                return _checked(raw, raw, tree.schema, tree.sources, tree.ours)
+            try:
+                for key, value in changed.items():
+                    _update(tree.config, key, value)
+                return _job(tree.config, tree.schema, tree.sources, tree.ours)
+            finally:
+                for key in changed:
+                    _replace(tree.config, key, copy.deepcopy(_at(tree.raw, key)))
+
+    def _chosen(self, choices: Mapping[str, str]) -> _Tree:
+        known = tuple(choices.items())
+        if known not in self._trees:
+            self._trees[known] = self._make(choices).for_trials()
+        return self._trees[known]
+
+
+@dataclass(kw_only=True)
+class _Tree:
+    """The configuration before it is looked up and checked."""
+
+    config: DictConfig
+    schema: type | None
+    sources: list[str]
+    is_declared: bool
+    """Whether files or a stored configuration say which keys the user's part has."""
+    raw: dict[str, Any] = field(default_factory=dict)
+    """Of a tree that trials are made of: as it is written."""
+    is_plain: bool = False
+    """Whether that is already what it is when everything is looked up."""
+    ours: list[_Ours] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    def open(self, searched: Searched) -> None:
+        """Makes sure that the searched key has a value. Raises ConfigError if there can be no such key."""
+        key = searched.key
+        if _exists(self.config, key) and _at(_unresolved(self.config), key) != "???":
+            return
+        override = dataclasses.replace(
+            _parsed(f"{'+' if searched.is_added else ''}{key}=null"),
+            _value=searched.example,
+            input_line=searched.line or f"{key}={searched.example}",
+        )
+        try:
+            if _head(override) in OURS:
+                _set_ours(self.config, override)
+            else:
+                _set_users(self.config, override, self.schema, is_declared=self.is_declared, lenient=False)
+        except ConfigError as error:
+            written = redact_value(key, searched.line.partition("=")[2] or searched.example)
+            raise ConfigError(error.key, written, error.why, error.hint) from error
+        self.examples.append(key)
+
+    def for_trials(self) -> _Tree:
+        """A trial is configured like a run that belongs to no sweep."""
+        _replace(self.config, "sweep", dump(SweepConfig()))
+        self.raw = _unresolved(self.config)
+        self.is_plain = _is_plain(self.raw)
+        return self
+
+
+def _composed(
+    parsed: Sequence[Override],
+    config_dir: Path | None,
+    base: Mapping[str, Any] | None,
+    user_schema: type | None,
+    needs_train: bool,
+    *,
+    keeps_sweep: bool = False,
+) -> _Tree:
     with _hydra(config_dir) as files:
         groups = [override for override in parsed if files.is_group(override)]
         config, sources = files.load(groups)
         if base is not None:
             plain = files.load([])[0] if groups else config
-            config = _inherited(base, plain, config, groups)
+            config = _inherited(base, plain, config, groups, keeps_sweep=keeps_sweep)
             sources.append("stored configuration")
     declared = _user_keys(config) if base is None else _user_keys(config) - set(flatten(base))
     values = [override for override in parsed if override not in groups]
@@ -100,7 +298,7 @@ def compose(
     if base is not None:
         _refuse_lost_secrets(base, config)
     sources += [f"command line: {_shown(override)}" for override in parsed]
-    return _job(config, schema, sources)
+    return _Tree(config=config, schema=schema, sources=sources, is_declared=bool(declared))
 
 
 def from_hydra(config: DictConfig, *, user_schema: type | None = None, needs_train: bool = True) -> Job:
@@ -274,7 +472,8 @@ def _parsed(line: str) -> Override:
         value = redact_value(key, line.partition("=")[2])
         if function:
             why = f"there is no function {function[1]} here; a run takes one value."
-            raise ConfigError(key, value, why, f"To give that text as it is, quote it twice: {key}='\"…\"'.") from error
+            hint = f"{_SEVERAL} To give that text as it is, quote it twice: {key}='\"…\"'."
+            raise ConfigError(key, value, why, hint) from error
         why = "the override cannot be read: special characters such as , : [ ] { } ( ) = need quotes."
         raise ConfigError(key, value, why, f"Quote it twice, once for the shell: {key}='\"…\"'.") from error
     key = override.key_or_group
@@ -287,9 +486,12 @@ def _parsed(line: str) -> Override:
         )
     if override.is_sweep_override():
         why = "is a list of alternatives; a run takes one value."
-        hint = f"Text with commas: {key}='\"a,b\"'. A list: {key}=[a,b]."
+        hint = f"{_SEVERAL} Text with commas: {key}='\"a,b\"'. A list: {key}=[a,b]."
         raise ConfigError(key, redact_value(key, override.get_value_string()), why, hint)
     return override
+
+
+_SEVERAL = "Several values are tried by orc sweep."
 
 
 def _head(override: Override) -> str:
@@ -361,7 +563,7 @@ def _check_known(
     if not near and "." in key and lookalike(_head(override), OURS):
         near = nearest(key, _OUR_KEYS)
     if not near and "." not in key:
-        near = next((name for name in _OUR_KEYS if name.endswith(f".{key}")), "")
+        near = next((name for name in _OUR_KEYS if name.endswith(f".{key}") and not name.startswith(_LATER)), "")
     shown = redact_value(key, value)
     way_out = "" if schema is not None else f" To add it all the same: +{override.input_line}"
     if near:
@@ -397,15 +599,43 @@ def _unresolved(config: DictConfig) -> dict[str, Any]:
 
 
 def _exists(config: DictConfig, key: str) -> bool:
-    raw: Any = _unresolved(config)
+    return _at(_unresolved(config), key) is not ABSENT
+
+
+def _at(raw: Any, key: str) -> Any:
+    """What stands at a dotted key of plain values, ABSENT if there is no such key."""
     for part in key.split("."):
         if isinstance(raw, list) and part.isdigit() and int(part) < len(raw):
             raw = raw[int(part)]
         elif isinstance(raw, dict) and part in raw:
             raw = raw[part]
         else:
-            return False
-    return True
+            return ABSENT
+    return raw
+
+
+def _with(raw: Any, parts: Sequence[str], value: Any) -> Any:
+    """The plain values with another one at that key; what is not on the way there is shared."""
+    if not parts:
+        return value
+    if isinstance(raw, list):
+        place = int(parts[0])
+        return [_with(item, parts[1:], value) if at == place else item for at, item in enumerate(raw)]
+    return {**raw, parts[0]: _with(raw[parts[0]], parts[1:], value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing in it has to be looked up or is missing."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return not isinstance(value, str) or ("${" not in value and value != "???")
+
+
+def _replace(config: DictConfig, key: str, value: Any) -> None:
+    """Puts the value there as it is, whatever there was."""
+    OmegaConf.update(config, key, value, merge=False, force_add=True)
 
 
 def _update(config: DictConfig, key: str, value: Any) -> None:
@@ -420,10 +650,15 @@ def _update(config: DictConfig, key: str, value: Any) -> None:
 
 
 def _inherited(
-    base: Mapping[str, Any], plain: DictConfig, chosen: DictConfig, groups: Sequence[Override]
+    base: Mapping[str, Any],
+    plain: DictConfig,
+    chosen: DictConfig,
+    groups: Sequence[Override],
+    *,
+    keeps_sweep: bool = False,
 ) -> DictConfig:
     """The defaults, over them the stored configuration, over that what the groups of the command line change."""
-    config = OmegaConf.merge(plain, OmegaConf.create(_restored(base)))
+    config = OmegaConf.merge(plain, OmegaConf.create(_restored(base, keeps_sweep=keeps_sweep)))
     assert isinstance(config, DictConfig)
     was = flatten(_unresolved(plain))
     for key, value in flatten(_unresolved(chosen)).items():
@@ -436,13 +671,13 @@ def _inherited(
     return config
 
 
-def _restored(base: Mapping[str, Any]) -> dict[str, Any]:
+def _restored(base: Mapping[str, Any], *, keeps_sweep: bool) -> dict[str, Any]:
     """The part of a stored configuration that another run takes over. Keys of ours that no longer exist are dropped."""
     kept: dict[str, Any] = {}
     for name, value in base.items():
         if (
             name in RESERVED
-            or name in NOT_INHERITED
+            or (name in NOT_INHERITED and not (keeps_sweep and name == "sweep"))
             or (name in OURS and name not in _sections() and name not in _OUR_KEYS)
         ):
             continue
@@ -513,20 +748,38 @@ def _with_defaults(config: DictConfig, schema: type | None) -> DictConfig:
     return merged
 
 
-def _job(config: DictConfig, schema: type | None, sources: list[str]) -> Job:
+def _job(config: DictConfig, schema: type | None, sources: list[str], known: list[_Ours] | None = None) -> Job:
     for name in config:
         if name in RESERVED:
             why = f"the file that was chosen puts its keys below {name}."
             raise ConfigError(str(name), None, why, "Its first line must be: # @package _global_")
-    raw = _unresolved(config)
-    values = _resolved(config)
-    settings = build(Settings, {name: value for name, value in values.items() if name in OURS})
-    check_storage(settings.storage.url)
-    settings.storage.url = storage_location(settings.storage.url)
+    return _checked(_unresolved(config), _resolved(config), schema, sources, known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ours:
+    """Our part of a configuration, checked: the same for most trials of a sweep."""
+
+    values: Mapping[str, Any]
+    settings: Settings
+    plain: Mapping[str, Any]
+    """The settings as plain values."""
+
+
+def _checked(
+    raw: Mapping[str, Any],
+    values: Mapping[str, Any],
+    schema: type | None,
+    sources: Sequence[str],
+    known: list[_Ours] | None = None,
+) -> Job:
+    """`raw` is what is written, `values` has every `${…}` looked up. `known` keeps our part for the next call."""
+    ours = _our_part(values, known if known is not None else [])
+    settings = copy.deepcopy(ours.settings)
     user = {name: value for name, value in values.items() if name not in OURS}
     user = dump(build(schema, user)) if schema is not None else dump(user)
     environment = _environment_secrets(raw)
-    everything = dump(settings) | user
+    everything = {**ours.plain, **user}
     resolved = _stored(everything, raw, environment)
     hidden = _hidden_values(everything, resolved)
     resolved = _without_copies(resolved, hidden)
@@ -543,6 +796,19 @@ def _job(config: DictConfig, schema: type | None, sources: list[str]) -> Job:
         sources=[redact_text(source, secrets) for source in sources],
         secrets=tuple(sorted(secrets)),
     )
+
+
+def _our_part(values: Mapping[str, Any], known: list[_Ours]) -> _Ours:
+    mine = {name: value for name, value in values.items() if name in OURS}
+    for each in known:
+        if each.values == mine:
+            return each
+    settings = build(Settings, mine)
+    check_storage(settings.storage.url)
+    settings.storage.url = storage_location(settings.storage.url)
+    found = _Ours(values=copy.deepcopy(mine), settings=settings, plain=dump(settings))
+    known[:] = [found]
+    return found
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from orchestrator.config.settings import NOT_WORK
+from orchestrator.config.settings import NO_WORK_BY_DEFAULT, NOT_WORK
 from orchestrator.config.typed import dump
 
 
@@ -73,6 +73,13 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
         group, _, name = dotted.partition(".")
         if name and isinstance(work.get(group), Mapping):
             work[group] = {key: value for key, value in work[group].items() if key != name}
+    for dotted, default in NO_WORK_BY_DEFAULT.items():
+        group, _, name = dotted.partition(".")
+        section = work.get(group)
+        if isinstance(section, Mapping) and name in section and _canonical(section[name]) == _canonical(default):
+            work[group] = {key: value for key, value in section.items() if key != name}
+            if not work[group]:
+                del work[group]
     return hashlib.sha256(canonical_json(work).encode()).hexdigest()
 
 

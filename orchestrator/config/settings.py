@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from orchestrator.config.typed import bounded
 from orchestrator.errors import ConfigError
@@ -44,6 +46,31 @@ class Direction(StrEnum):
 
     min = "min"
     max = "max"
+
+
+class Score(StrEnum):
+    """Which value of an objective counts, of all that a trial reports."""
+
+    best = "best"
+    last = "last"
+
+
+class Resource(StrEnum):
+    """In what the length of a trial is counted."""
+
+    auto = "auto"
+    """Epochs where the train function uses `run.epochs`, else reports; settled by the first result."""
+    epoch = "epoch"
+    report = "report"
+    step = "step"
+
+
+class Lanes(StrEnum):
+    """Whether a group of workers takes one trial after another."""
+
+    auto = "auto"
+    off = "off"
+    """New workers for every trial."""
 
 
 class CheckpointMode(StrEnum):
@@ -268,6 +295,198 @@ class FailuresConfig:
 
 
 @dataclass(kw_only=True)
+class StopConfig:
+    """When a run ends early by itself. Off unless one of `patience`, `plateau`, `target`, `divergence` is set."""
+
+    metric: str = ""
+    """What is watched. Empty: the first objective of the sweep, else the metric that tells most of those reported."""
+    direction: Direction = Direction.min
+    """Which way `metric` gets better. With an empty `metric`: as its objective says."""
+    patience: int = bounded(0, minimum=0)
+    """Ends the run after so many reports in a row without a better value; 0: not for that."""
+    min_delta: float = bounded(0.0, minimum=0)
+    """A value counts as better if it is so by more than this."""
+    plateau: int = bounded(0, minimum=0)
+    """Ends the run where the last so many values hardly differ; 0: not for that."""
+    plateau_std: float = bounded(0.0, minimum=0)
+    """Standard deviation of them up to which they hardly differ."""
+    target: float | None = None
+    """Ends the run at the first value that is as good as this."""
+    divergence: bool = False
+    """Ends the run at a value that is NaN or infinite."""
+    grace: int = bounded(0, minimum=0)
+    """The first so many reports end nothing."""
+
+
+@dataclass(kw_only=True)
+class AshaConfig:
+    """`sweep.scheduler=asha`: all trials get `min`, the best of them `reduction` times as much, and so on."""
+
+    min: int = bounded(1, minimum=1)
+    """What every trial gets, in units of `sweep.resource`."""
+    max: int = bounded(0, minimum=0)
+    """What the best get. 0: as much as the train function takes, by its own `epochs` or the like."""
+    reduction: int = bounded(3, minimum=2)
+    """One in so many goes on."""
+
+    def __post_init__(self) -> None:
+        if 0 < self.max < self.min:
+            why = f"must be at least sweep.asha.min ({self.min})."
+            raise ConfigError("sweep.asha.max", self.max, why, f"The nearest is sweep.asha.max={self.min}.")
+
+
+@dataclass(kw_only=True)
+class MedianConfig:
+    """`sweep.scheduler=median`: a trial ends where its best value is worse than the median of the others' means."""
+
+    grace: int = bounded(1, minimum=0)
+    """Nothing ends below this, in units of `sweep.resource`."""
+    trials: int = bounded(3, minimum=1)
+    """So many must have ended before anything is compared."""
+    every: int = bounded(1, minimum=1)
+    """Compared at every so many units."""
+
+
+@dataclass(kw_only=True)
+class PbtConfig:
+    """`sweep.scheduler=pbt`: after each interval the worst go on from checkpoints of the best, with changed values."""
+
+    population: int = bounded(0, minimum=0)
+    """Members; 0: as many as `sweep.samples`."""
+    interval: int = bounded(1, minimum=1)
+    """Between two comparisons, in units of `sweep.resource`."""
+    max: int = bounded(0, minimum=0)
+    """Where a member ends. 0: where the train function does, by its own `epochs` or the like."""
+    quantile: float = bounded(0.25, above=0, maximum=0.5)
+    """The share that is replaced, and the share that it is replaced from."""
+    resample: float = bounded(0.25, minimum=0, maximum=1)
+    """How likely a value is drawn anew rather than changed a little."""
+    factors: list[float] = field(default_factory=lambda: [0.8, 1.2])
+    """By one of these a number is multiplied."""
+    sync: bool = True
+    """All members are compared at once, whatever the number of lanes; `false`: each when it gets there."""
+    mutate: list[str] = field(default_factory=list)
+    """Keys that change. Empty: all that are drawn."""
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            if not factor > 0 or math.isinf(factor):
+                raise ConfigError("sweep.pbt.factors", self.factors, "must be greater than 0.")
+        if not self.factors:
+            raise ConfigError("sweep.pbt.factors", self.factors, "there is none.", "The default is [0.8,1.2].")
+
+
+@dataclass(kw_only=True)
+class BudgetConfig:
+    """What a sweep may use. When one of it is used up no trial starts any more, and those that run save and stop."""
+
+    hours: float = bounded(0.0, minimum=0)
+    """By the clock, all attempts of the sweep together; 0: no limit, here and below."""
+    gpu_hours: float = bounded(0.0, minimum=0)
+    cpu_hours: float = bounded(0.0, minimum=0)
+    money: float = bounded(0.0, minimum=0)
+    """By `sweep.prices`."""
+    kwh: float = bounded(0.0, minimum=0)
+    """As far as the GPUs say what they use."""
+    warn: float = bounded(0.8, minimum=0, maximum=1)
+    """At this share of a limit there is one warning."""
+
+
+@dataclass(kw_only=True)
+class PricesConfig:
+    """What the machines cost."""
+
+    gpu_hour: float = bounded(0.0, minimum=0)
+    cpu_hour: float = bounded(0.0, minimum=0)
+    currency: str = "USD"
+    """Only shown."""
+
+
+_OBJECTIVE = re.compile(r"(?P<metric>[^:\s][^:]*)(:(?P<direction>min|max))?")
+_LESS_IS_BETTER = re.compile(r"loss|error|perplexity", re.IGNORECASE)
+
+
+def natural_direction(metric: str) -> Direction:
+    """Which way a metric gets better by its name: losses, errors and perplexities are small, anything else is large."""
+    return Direction.min if _LESS_IS_BETTER.search(metric) else Direction.max
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """Which configurations `orc sweep` tries, how it chooses among them and when it ends."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    """What is searched, as key: domain. Example: {optim.lr: "loguniform(1e-4,1e-1)"}. What the command line searches
+    is added, see sweeps/README.md."""
+    constraints: list[str] = field(default_factory=list)
+    """What must hold between keys. Example: ["optim.lr * batch_size <= 1"]."""
+    objective: list[str] = field(default_factory=list)
+    """Metrics as metric:direction, the first of which rules schedulers. Example: [val/accuracy:max]. Empty:
+    `checkpoints.best_metric`, else the metric that tells most of those in the first report."""
+    score: Score = Score.best
+    """`asha` and `pbt` always use the value at the milestone."""
+    samples: int = bounded(0, minimum=0)
+    """How many are drawn, for each combination of the grid where there is one. 0: the grid once."""
+    searcher: str = "random"
+    """random, grid, optuna, or tune:NAME for one of Ray Tune's."""
+    searcher_args: dict[str, Any] = field(default_factory=dict)
+    """For `optuna` and `tune:NAME`: what the sampler or search is made with."""
+    scheduler: str = "fifo"
+    """fifo, asha, median, pbt, or tune:NAME for one of Ray Tune's."""
+    scheduler_args: dict[str, Any] = field(default_factory=dict)
+    """For `tune:NAME`: what it is made with."""
+    asha: AshaConfig = field(default_factory=AshaConfig)
+    median: MedianConfig = field(default_factory=MedianConfig)
+    pbt: PbtConfig = field(default_factory=PbtConfig)
+    resource: Resource = Resource.auto
+    lanes: Lanes = Lanes.auto
+    concurrency: int = bounded(0, minimum=0)
+    """Trials at once; 0: as many as there is room for."""
+    lane_growth_mb: float = bounded(512.0, above=0)
+    """2^20 bytes by which the memory of a lane's worker may have grown before its workers are replaced."""
+    lane_jobs: int = bounded(0, minimum=0)
+    """Its workers are replaced after so many jobs; 0: never for that."""
+    lane_idle: float = bounded(30.0, minimum=0)
+    """Seconds after which a lane that has nothing to do gives its resources back."""
+    seeds: int = bounded(1, minimum=1)
+    """Runs per configuration, with seeds run.seed, run.seed + 1, …; their mean counts."""
+    max_failed: int = bounded(0, minimum=0)
+    """The sweep ends when so many trials have failed; 0: never for that."""
+    restarts: int = bounded(3, minimum=0)
+    """Further attempts of a trial that died of what another attempt may mend, in a row without getting further."""
+    trial_minutes: float = bounded(0.0, minimum=0)
+    """A trial that takes longer fails; 0: no limit."""
+    hang: float = bounded(600.0, minimum=0)
+    """Seconds without a sign of progress after which a trial counts as hanging; 0: never."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """Configurations that are tried first, in full or in part; what they leave out is drawn."""
+    warm_start: list[str] = field(default_factory=list)
+    """Runs or sweeps whose results the searcher starts with."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    prices: PricesConfig = field(default_factory=PricesConfig)
+
+    def __post_init__(self) -> None:
+        for text in self.objective:
+            if not _OBJECTIVE.fullmatch(text):
+                raise ConfigError("sweep.objective", text, "is no metric with min or max.", "Example: val/accuracy:max")
+        metrics = [metric for metric, _ in self.objectives]
+        for metric in metrics:
+            if metrics.count(metric) > 1:
+                raise ConfigError("sweep.objective", metric, "is named twice.")
+        if self.budget.money and not (self.prices.gpu_hour or self.prices.cpu_hour):
+            why = "cannot be kept to: nothing is known to cost anything."
+            hint = "Give a price: sweep.prices.gpu_hour or sweep.prices.cpu_hour."
+            raise ConfigError("sweep.budget.money", self.budget.money, why, hint)
+
+    @property
+    def objectives(self) -> list[tuple[str, Direction]]:
+        """`objective` taken apart; where no direction is given it is the metric's natural one."""
+        found = [_OBJECTIVE.fullmatch(text) for text in self.objective]
+        pairs = [(match["metric"], match["direction"]) for match in found if match]
+        return [(metric, Direction(way) if way else natural_direction(metric)) for metric, way in pairs]
+
+
+@dataclass(kw_only=True)
 class SubmitConfig:
     """What `orc submit` sends to a cluster."""
 
@@ -312,6 +531,8 @@ class Settings:
     failures: FailuresConfig = field(default_factory=FailuresConfig)
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
+    stopping: StopConfig = field(default_factory=StopConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     preset: dict[str, bool] = field(default_factory=dict)
     """Names of the presets that were applied. Only a record: choose them with `preset=NAME` or `preset=[A,B]`."""
     environment: str = "local"
@@ -330,13 +551,18 @@ NOT_WORK = (
     *("checkpoints.also_best", "checkpoints.keep_every_steps", "checkpoints.keep_hours", "checkpoints.label"),
     *("checkpoints.max_gb", "checkpoints.wait", "checkpoints.mode", "checkpoints.window_mb", "checkpoints.quota_gb"),
     *("checkpoints.on_exception", "checkpoints.full_every_epochs"),
-    *("storage", "database", "mlflow", "tensorboard", "ray", "redis", "provenance", "submit", "preset", "environment"),
+    *("storage", "database", "mlflow", "tensorboard", "ray", "redis", "provenance", "submit", "sweep"),
+    *("preset", "environment"),
 )
-"""Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash."""
+"""Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash. A trial of
+a sweep is the same work as a run by itself."""
+
+NO_WORK_BY_DEFAULT = {f"stopping.{each.name}": each.default for each in dataclasses.fields(StopConfig)}
+"""Keys that came later, with the value that changes nothing: with it they are outside the hash, too."""
 
 NOT_INHERITED = (
     *("run.name", "run.notes", "run.user", "run.resume"),
-    *("storage", "database", "mlflow.tracking_uri", "mlflow.port", "redis", "environment"),
+    *("storage", "database", "mlflow.tracking_uri", "mlflow.port", "redis", "environment", "sweep"),
     *("ray.address", "ray.port", "ray.dashboard_port", "ray.num_cpus"),
 )
 """What a run based on a stored configuration takes from its own surroundings instead."""

@@ -11,12 +11,13 @@ its rung, as the worst; and one whose function returned early counts in its rung
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.fifo import begun_or_new
-from orchestrator.sweeps.state import Choice, Promote, State, Status
+from orchestrator.sweeps.state import Choice, Promote, State
 
 KEPT_ENTRIES = 64
 """Of a rung's table in a decision's inputs; the digest speaks for the rest."""
@@ -52,16 +53,14 @@ def _read(state: State, rung: int) -> tuple[dict[str, Any], list[list[Any]], tup
     entries = state.rungs[rung]
     take = len(entries.ranked) // state.settings.asha.reduction
     table = {"rung": rung, "done": len(entries.ranked), "take": take, "digest": entries.digest}
-    best = [(number, key) for is_bad, key, number in entries.ranked[:take] if not is_bad]
-    for place, (number, _) in enumerate(best):
-        trial = state.trials[number]
-        if trial.rung == rung and trial.status == Status.waiting and not trial.is_held:
-            # Those around it: which ones stood better and had gone already, and where the cut was.
-            near = best[max(0, place + 1 - KEPT_ENTRIES) : place + 1]
-            candidates = [[each, _score(state, each, rung)] for each, _ in near]
-            last = best[-1][0]
-            return table, candidates, (number, [last, _score(state, last, rung)])
-    return table, [], None
+    place = bisect.bisect_left(entries.ranked, entries.free[0]) if entries.free else take
+    if place >= take:
+        return table, [], None
+    # Those around it: which ones stood better and had gone already, and where the cut was.
+    near = entries.ranked[max(0, place + 1 - KEPT_ENTRIES) : place + 1]
+    candidates = [[number, _score(state, number, rung)] for _, _, number in near]
+    last = entries.ranked[min(take, entries.finite) - 1][2]
+    return table, candidates, (entries.free[0][2], [last, _score(state, last, rung)])
 
 
 def _score(state: State, number: int, rung: int) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import math
-import statistics
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +31,20 @@ class MedianStopping:
     name = "median"
     survives = "everything: the table is made of the ended trials' reports"
 
+    def __init__(self) -> None:
+        self._read: tuple[weakref.ref[State], Medians, int] | None = None
+        """(state, its table, how many of its curves are in it)."""
+
     def next(self, state: State) -> Choice:
         return begun_or_new(state, {"by": self.name, "settings": state.settings.version}) or state.idle()
 
     def judge(self, state: State, trial: int) -> Mapping[str, Any]:
         """{"at": newest decision, "direction", "grace", "trials", "every", "means": [[resource, median, n], …]}."""
-        others = [
-            each.curve
-            for each in state.trials.values()
-            if each.number != trial and each.status in (Status.complete, Status.stopped) and each.curve
-        ]
+        own = state.trials.get(trial)
+        if own is not None and own.curve and own.status in (Status.complete, Status.stopped):
+            means = table([state.trials[number].curve for number in state.curves if number != trial])
+        else:
+            means = self._table(state)
         rule = state.settings.median
         return {
             "at": state.seq,
@@ -49,21 +53,62 @@ class MedianStopping:
             "grace": rule.grace,
             "trials": rule.trials,
             "every": rule.every,
-            "means": table(others),
+            "means": means,
         }
+
+    def _table(self, state: State) -> list[list[float]]:
+        """Of all curves that ended. What was read of this state before is kept: only later ones are put in."""
+        if self._read is None or self._read[0]() is not state:
+            self._read = weakref.ref(state), Medians(), 0
+        kept, medians, count = self._read
+        for number in state.curves[count:]:
+            medians.add(state.trials[number].curve)
+        self._read = kept, medians, len(state.curves)
+        return medians.rows()
+
+
+class Medians:
+    """The running means of all curves at every resource that one of them has, sorted. A curve that comes in costs one
+    insertion per resource, however many there are."""
+
+    def __init__(self) -> None:
+        self._seen: list[float] = []
+        self._means: list[list[float]] = []
+
+    def add(self, curve: Sequence[tuple[float, float]]) -> None:
+        resources, means = _running_means(curve)
+        for at in resources:
+            place = bisect.bisect_left(self._seen, at)
+            if place == len(self._seen) or self._seen[place] != at:
+                # Nobody else has reported since the row below: they are there with the same means.
+                self._means.insert(place, list(self._means[place - 1]) if place else [])
+                self._seen.insert(place, at)
+        if not resources:
+            return
+        for place in range(bisect.bisect_left(self._seen, resources[0]), len(self._seen)):
+            own = means[bisect.bisect_right(resources, self._seen[place]) - 1]
+            bisect.insort(self._means[place], own)
+
+    def rows(self) -> list[list[float]]:
+        """[[resource, median, how many trials], …] by resource, at most MOST_ROWS."""
+        step = math.ceil(len(self._seen) / MOST_ROWS) or 1
+        return [
+            [at, _middle(means), len(means)] for at, means in zip(self._seen[::step], self._means[::step], strict=True)
+        ]
+
+
+def _middle(ranked: Sequence[float]) -> float:
+    half = len(ranked) // 2
+    return ranked[half] if len(ranked) % 2 else (ranked[half - 1] + ranked[half]) / 2
 
 
 def table(curves: Sequence[Sequence[tuple[float, float]]]) -> list[list[float]]:
     """[[resource, median of the running means up to it, how many trials], …] by resource, at most MOST_ROWS. Scores
     that are no finite number are left out of the means."""
-    running = [_running_means(curve) for curve in curves]
-    seen = sorted({at for resources, _ in running for at in resources})
-    step = math.ceil(len(seen) / MOST_ROWS) or 1
-    rows = []
-    for at in seen[::step]:
-        means = [m[place - 1] for resources, m in running if (place := bisect.bisect_right(resources, at))]
-        rows.append([at, statistics.median(means), len(means)])
-    return rows
+    medians = Medians()
+    for curve in curves:
+        medians.add(curve)
+    return medians.rows()
 
 
 def _running_means(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -107,7 +152,7 @@ def compare(judge: Mapping[str, Any], *, resource: float, best: float, before: f
     if before >= grace and turn == math.floor((before - grace) / every):
         return None
     rows = judge["means"]
-    place = bisect.bisect_right([row[0] for row in rows], resource)
+    place = bisect.bisect_right(rows, resource, key=lambda row: float(row[0]))
     if not place:
         return None
     _, median, n = rows[place - 1]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from orchestrator.config.names import did_you_mean
+from orchestrator.config.settings import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.space import Space
 from orchestrator.sweeps.values import Past, Rebuilt, Suggestion, Telling, Told
@@ -29,6 +31,8 @@ class Searcher(Protocol):
     name: str
     survives: str
     """In words: what is left of it after a restart."""
+    total: int
+    """How many trials it suggests."""
 
     def suggest(self, number: int) -> Suggestion | None:
         """The configuration of trial `number`, counted from 0; None if there is none, now and for all later numbers.
@@ -166,15 +170,21 @@ class PointsFirst:
         seed: int,
         key: str = "sweep.points",
         origin: str = "point",
+        most: int | None = None,
     ) -> None:
+        """`most`: of trials in all, the points among them."""
         for place, point in enumerate(points):
             space.check_point(f"{key}[{place}]", point)
         self._points, self._rest, self._space, self._seed = points, rest, space, seed
         self._origin = origin
         self._heard = Heard()
         self.name, self.survives = rest.name, rest.survives
+        self.total = len(points) + rest.total if most is None else most
+        """How many trials it suggests."""
 
     def suggest(self, number: int) -> Suggestion | None:
+        if number >= self.total:
+            return None
         if number >= len(self._points):
             return self._rest.suggest(number)
         values, retry = self._space.drawn(self._seed, number, self._points[number], keep=True)
@@ -190,6 +200,82 @@ class PointsFirst:
     def rebuild(self, history: Sequence[Past]) -> Rebuilt:
         self._heard.rebuild(history)
         return self._rest.rebuild(history)
+
+
+class Library(Protocol):
+    """Makes the searchers that need a library: `optuna` and `tune:NAME`."""
+
+    def __call__(self, settings: SweepConfig, space: Space, seed: int, *, samples: int, first: int) -> Searcher:
+        """It suggests `samples` trials, the first of which has the number `first`, and hears of those before, too."""
+        ...
+
+
+def searcher_for(settings: SweepConfig, space: Space, seed: int, *, library: Library | None = None) -> Searcher:
+    """The searcher that a sweep's settings ask for, behind its own points.
+
+    A population is one trial for each member, the points among them. Raises ConfigError for an unknown searcher, for
+    draws without an end, and for points outside the space.
+    """
+    check_name(settings.searcher)
+    members = _members(settings)
+    first = len(settings.points)
+    samples = settings.samples if members is None else max(members - first, 0)
+    if settings.searcher == "random" and members is not None:
+        samples = max(math.ceil(samples / len(space.grid())), 1)
+    rest: Searcher
+    if settings.searcher == "random":
+        rest = RandomSearcher(space, seed=seed, samples=samples, first=first)
+    elif settings.searcher == "grid":
+        rest = GridSearcher(space, seed=seed, first=first)
+    elif library is None:
+        raise ConfigError("sweep.searcher", settings.searcher, "needs a library, and this place has none.")
+    else:
+        if samples <= 0 and members is None:
+            hint = "Say how many, as in sweep.samples=20."
+            raise ConfigError("sweep.samples", settings.samples, f"{settings.searcher} has no end of its own.", hint)
+        rest = library(settings, space, seed, samples=samples, first=first)
+    if not settings.points and members is None:
+        return rest
+    return PointsFirst(settings.points, rest, space=space, seed=seed, most=members)
+
+
+def total(settings: SweepConfig, space: Space) -> int:
+    """How many trials such a sweep has, points included. Raises ConfigError as `searcher_for` does."""
+    return searcher_for(settings, space, 0, library=_Counted).total
+
+
+def _members(settings: SweepConfig) -> int | None:
+    """Of a population; None where trials have nothing to do with each other."""
+    if settings.scheduler != "pbt":
+        return None
+    members = settings.pbt.population or settings.samples
+    if members < 2:
+        why = "a population has at least two members."
+        raise ConfigError("sweep.pbt.population", members, why, "Example: sweep.pbt.population=8")
+    if len(settings.points) > members:
+        why = f"there are {len(settings.points)} points for them."
+        raise ConfigError("sweep.pbt.population", members, why, "Leave some of sweep.points out.")
+    return members
+
+
+class _Counted:
+    """A searcher of which only the number of its trials is asked."""
+
+    name, survives = "", ""
+
+    def __init__(self, settings: SweepConfig, space: Space, seed: int, *, samples: int, first: int) -> None:
+        self.total = samples
+
+    def suggest(self, number: int) -> Suggestion | None:
+        raise AssertionError(number)
+
+    def told(
+        self, number: int, values: Mapping[str, Any], resource: float, scores: Sequence[float] | None, state: Told
+    ) -> None:
+        raise AssertionError(number)
+
+    def rebuild(self, history: Sequence[Past]) -> Rebuilt:
+        raise AssertionError(history)
 
 
 def check_name(name: str) -> None:

@@ -179,6 +179,15 @@ class Dimension:
         number = min(max(number, self.low), self.high)
         return int(number) if self.is_whole else float(number)
 
+    def share(self, value: float) -> float:
+        """The r at which `value` has this value, for the normal kinds without a step."""
+        low, high = self.low, self.high
+        if self.kind is Kind.lognormal:
+            low, high, value = math.log(low) if low > 0 else -math.inf, math.log(high), math.log(value)
+        spread = NormalDist(self.mu, self.sigma)
+        begin, end = _mass(spread, low, high)
+        return (spread.cdf(value) - begin) / (end - begin)
+
     def middle(self) -> Any:
         """A value for where one is needed and none was suggested: the middle (geometric for logarithmic kinds), the
         first of a list."""

@@ -1,6 +1,7 @@
 """What schedulers read, and how decisions change it.
 
-A `State` is the sum of its decisions: `apply` is the only thing that changes it, schedulers only read. The same
+A `State` is the sum of its decisions: `apply` is the only thing that changes it, schedulers only read. Only which way
+the objective gets better may be found out later (`measured`), before the first score is in. The same
 trials and jobs read back from rows give the same state (`State.rebuilt`), so that whoever takes over chooses as the
 one before would have.
 
@@ -60,6 +61,8 @@ class Kind(StrEnum):
     stop = "stop"
     fail = "fail"
     retry = "retry"
+    reopen = "reopen"
+    """Another attempt of a job that has not ended. `retry` says why it needs one, where the driver lived to see it."""
     request = "request"
     budget = "budget"
     over = "over"
@@ -249,6 +252,8 @@ class Result:
     n: int = 1
     spread: float = 0.0
     """Sample standard deviation over the repeats; 0 for a single one."""
+    objectives: tuple[float, ...] = ()
+    """One per objective, means over the repeats; the first is the score."""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -271,6 +276,8 @@ class Trial:
     """Repeat -> how it ended, at the rung that not all repeats have ended yet."""
     curve: list[tuple[float, float]] = field(default_factory=list)
     """(resource, score) of each report of repeat 0, in order."""
+    clone: Mapping[str, Any] = field(default_factory=dict)
+    """Whose checkpoint it took over at the rung that it was sent to last; empty: it goes on with its own."""
 
     @property
     def is_due(self) -> bool:
@@ -294,6 +301,8 @@ class Rung:
 
     def __init__(self) -> None:
         self.ranked: list[tuple[bool, float, int]] = []
+        self.free: list[tuple[bool, float, int]] = []
+        """Of these, those that wait here and may go on; they have finite scores."""
         self._sum = 0
 
     def enter(self, direction: Direction, trial: int, score: float) -> None:
@@ -303,6 +312,11 @@ class Rung:
     def leave(self, direction: Direction, trial: int, score: float) -> None:
         del self.ranked[bisect.bisect_left(self.ranked, rank(direction, trial, score))]
         self._sum -= _weight(trial, score)
+
+    @property
+    def finite(self) -> int:
+        """How many have a finite score."""
+        return bisect.bisect_left(self.ranked, (True,))
 
     @property
     def digest(self) -> str:
@@ -332,6 +346,11 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def _means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Of each column; rows that say less than the others leave their columns out."""
+    return tuple(statistics.fmean(column) for column in zip(*rows, strict=False))
+
+
 def _given(value: int | None, what: str) -> int:
     if value is None:
         raise KeyError(f"no {what}")
@@ -350,6 +369,15 @@ class State:
         """Of the newest decision."""
         self.is_exhausted = False
         """Whether the searcher has nothing more to suggest, ever."""
+        self.entered: tuple[int, int] | None = None
+        """(trial, rung) that the newest decision has brought to its end."""
+        self.curves: list[int] = []
+        """Trials that are complete or stopped and have a curve, in the order of their ends."""
+        # What `due` and `owed_repeat` would find in ten thousand trials.
+        self._due: set[int] = set()
+        self._partial: set[int] = set()
+        self._free: dict[int, tuple[int, tuple[bool, float, int]]] = {}
+        """Trial -> (rung, its entry there) of those that are free there."""
 
     @classmethod
     def rebuilt(
@@ -367,6 +395,9 @@ class State:
         state.open = {job.number: job for job in sorted(jobs, key=lambda j: j.number)}
         state.seq, state.is_exhausted = seq, is_exhausted
         state._rank_all()
+        for trial in state.trials.values():
+            state._touch(trial)
+            state._note_curve(trial)
         return state
 
     @classmethod
@@ -380,6 +411,7 @@ class State:
         """Takes the next decision in. ValueError if it is not the next one, or speaks of what there is not."""
         if decision.seq != self.seq + 1:
             raise ValueError(f"Decision {decision.seq} cannot follow decision {self.seq}.")
+        self.entered = None
         try:
             self._take(decision)
         except (KeyError, IndexError) as error:
@@ -388,11 +420,19 @@ class State:
             ) from error
         self.seq = decision.seq
 
+    def measured(self, direction: Direction) -> None:
+        """Which way the objective gets better, where nobody had said it. ValueError once scores were compared."""
+        if direction == self.settings.direction:
+            return
+        if any(rung.ranked for rung in self.rungs):
+            raise ValueError(f"Scores were compared by {self.settings.direction} already.")
+        self.settings = replace(self.settings, direction=direction)
+
     # -- questions ----------------------------------------------------------------------------------------
 
     def due(self) -> Trial | None:
         """The lowest trial that was sent to a rung and has no job there."""
-        return next((t for t in self.trials.values() if t.is_due and not t.parts and not self._is_open(t.number)), None)
+        return self.trials[min(self._due)] if self._due else None
 
     def owed_repeat(self) -> tuple[int, int, int] | None:
         """(trial, rung, repeat) of the next repeat of what was begun: lowest trial, then lowest repeat."""
@@ -401,7 +441,7 @@ class State:
         begun: dict[int, set[int]] = {}
         for job in self.open.values():
             begun.setdefault(job.trial, set()).add(job.repeat)
-        for trial in self.trials.values():
+        for trial in (self.trials[number] for number in sorted(self._partial | set(begun))):
             runs_or_waits = trial.status in (Status.running, Status.waiting, Status.proposed)
             there = begun.get(trial.number, set()) | set(trial.parts)
             if trial.is_held or not runs_or_waits or not there:
@@ -426,6 +466,25 @@ class State:
     def _is_open(self, trial: int) -> bool:
         return any(job.trial == trial for job in self.open.values())
 
+    def _touch(self, trial: Trial) -> None:
+        """Whether it is due, whether repeats of it are missing and whether it may go on, after a change."""
+        is_due = trial.is_due and not trial.parts and not self._is_open(trial.number)
+        (self._due.add if is_due else self._due.discard)(trial.number)
+        (self._partial.add if trial.parts else self._partial.discard)(trial.number)
+        freed = self._free.pop(trial.number, None)
+        if freed is not None:
+            entries = self.rungs[freed[0]].free
+            del entries[bisect.bisect_left(entries, freed[1])]
+        result = trial.results.get(trial.rung)
+        if trial.status == Status.waiting and not trial.is_held and result is not None and result.is_finite:
+            entry = rank(self.settings.direction, trial.number, result.score)
+            bisect.insort(self.rungs[trial.rung].free, entry)
+            self._free[trial.number] = trial.rung, entry
+
+    def _note_curve(self, trial: Trial) -> None:
+        if trial.curve and trial.status in (Status.complete, Status.stopped):
+            self.curves.append(trial.number)
+
     # -- the fold -----------------------------------------------------------------------------------------
 
     def _take(self, decision: Decision) -> None:
@@ -444,7 +503,9 @@ class State:
             case Kind.assign | Kind.promote | Kind.exploit:
                 self._begin(decision)
             case Kind.result | Kind.fail:
-                self._end(self.open.pop(_given(decision.job, "job")), decision)
+                job = self.open.pop(_given(decision.job, "job"))
+                self._end(job, decision)
+                self._touch(self.trials[job.trial])
             case Kind.request:
                 self._obey(outcome)
 
@@ -455,9 +516,13 @@ class State:
             raise KeyError(f"job {job} at rung {rung}")
         if decision.kind == Kind.exploit:
             trial.values = outcome["values"]
+            trial.clone = {**outcome["clone"], "job": job}
+        elif rung > trial.rung:
+            trial.clone = {}
         trial.rung = max(trial.rung, rung)
         trial.status = Status.running
         self.open[job] = OpenJob(number=job, trial=trial.number, rung=rung, repeat=int(outcome.get("repeat", 0)))
+        self._touch(trial)
 
     def _end(self, job: OpenJob, decision: Decision) -> None:
         trial, outcome = self.trials[job.trial], decision.outcome
@@ -468,11 +533,14 @@ class State:
             trial.status = Status.waiting if trial.is_held else Status.cancelled
             return
         if job.repeat == 0:
-            trial.curve += [(float(at), number(score)) for at, score in outcome.get("reports", ())]
+            # A job's reports are those of its repeat's whole life.
+            known = trial.curve[-1][0] if trial.curve else -math.inf
+            trial.curve += [(float(at), number(each)) for at, each in outcome.get("reports", ()) if at > known]
         trial.parts[job.repeat] = {
             "end": end.value,
             "score": number(outcome.get("score")),
             "resource": float(outcome.get("resource") or 0.0),
+            "objectives": [number(each) for each in outcome.get("objectives") or ()],
             "checkpoint": outcome.get("checkpoint") or {},
         }
         if len(trial.parts) == self.settings.repeats:
@@ -483,15 +551,18 @@ class State:
     def _enter(self, trial: Trial, rung: int, parts: Sequence[Mapping[str, Any]]) -> None:
         """All repeats are in: the mean of those that have a score counts, unless half of them have none."""
         whole = [part for part in parts if part["end"] != End.failed]
-        scores = [part["score"] for part in whole if math.isfinite(part["score"])]
+        scored = [part for part in whole if math.isfinite(part["score"])]
+        scores = [part["score"] for part in scored]
         counts = 2 * (len(parts) - len(scores)) < len(parts)
         trial.results[rung] = Result(
             score=statistics.fmean(scores) if counts else math.nan,
             resource=max((part["resource"] for part in parts), default=0.0),
             n=len(scores) if counts else 0,
             spread=statistics.stdev(scores) if counts and len(scores) > 1 else 0.0,
+            objectives=_means([part.get("objectives", ()) for part in scored]) if counts else (),
             checkpoint=parts[0]["checkpoint"],
         )
+        self.entered = trial.number, rung
         ends = {part["end"] for part in whole}
         if 2 * (len(parts) - len(whole)) >= len(parts):
             trial.status = Status.failed
@@ -501,6 +572,7 @@ class State:
             trial.status = Status.complete if End.complete in ends else Status.stopped
         else:
             trial.status = Status.complete if rung == self.settings.top else Status.waiting
+        self._note_curve(trial)
         self._place(trial, rung)
 
     def _place(self, trial: Trial, rung: int) -> None:
@@ -510,7 +582,9 @@ class State:
             self.rungs[each].enter(self.settings.direction, trial.number, trial.results[rung].score)
 
     def _rank_all(self) -> None:
+        """`_touch` has to follow for all."""
         self.rungs = [Rung() for _ in range(self.settings.top + 1)]
+        self._free = {}
         for trial in self.trials.values():
             for rung in sorted(trial.results):
                 self._place(trial, rung)
@@ -529,6 +603,7 @@ class State:
                 trial.status = Status.cancelled
             elif what == "retry":
                 self._retry(trial)
+            self._touch(trial)
 
     def _change(self, changes: Mapping[str, Any]) -> None:
         before, after = self.settings, self.settings
@@ -545,6 +620,8 @@ class State:
                 if trial.status == Status.complete and not trial.has_returned:
                     trial.status = Status.waiting
             self._rank_all()
+            for trial in self.trials.values():
+                self._touch(trial)
 
     def _retry(self, trial: Trial) -> None:
         """A failed trial begins its rung again; its place there is given up until it has ended."""
@@ -553,3 +630,5 @@ class State:
         gone = trial.results.pop(trial.rung)
         self.rungs[trial.rung].leave(self.settings.direction, trial.number, gone.score)
         trial.status = Status.waiting
+        if not self.settings.top:
+            trial.curve = []  # its next attempt reports all of it again, its checkpoint's part from memory

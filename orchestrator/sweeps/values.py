@@ -62,7 +62,7 @@ class Telling:
     state: Told
 
     def to_json(self) -> dict[str, Any]:
-        scores = None if self.scores is None else [_stored(score) for score in self.scores]
+        scores = None if self.scores is None else [stored(score) for score in self.scores]
         return {"seq": self.seq, "resource": self.resource, "scores": scores, "state": str(self.state)}
 
     @classmethod
@@ -84,6 +84,9 @@ class Past:
     values: Mapping[str, Any]
     origin: str
     tellings: tuple[Telling, ...] = ()
+    seq: int = -1
+    """Number of the decision that recorded the suggestion: it is among those of the tellings. -1: not known, before
+    all of them."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -91,6 +94,7 @@ class Past:
             "values": dict(self.values),
             "origin": self.origin,
             "tellings": [telling.to_json() for telling in self.tellings],
+            "seq": self.seq,
         }
 
     @classmethod
@@ -100,6 +104,7 @@ class Past:
             values=dict(stored["values"]),
             origin=stored["origin"],
             tellings=tuple(map(Telling.from_json, stored["tellings"])),
+            seq=stored.get("seq", -1),
         )
 
 
@@ -111,7 +116,7 @@ class Rebuilt:
     why: str = ""
 
 
-def _stored(score: float) -> float | str:
+def stored(score: float) -> float | str:
     """JSON of the database knows neither NaN nor infinity; `float` reads these words back."""
     if math.isfinite(score):
         return score

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.config import Job, Settings
 from orchestrator.errors import RunIsActive, ServiceUnavailable
 from orchestrator.execution import driver
-from orchestrator.execution.worker import DONE
+from orchestrator.execution.worker import DONE, Returned
 from orchestrator.failures.classify import Evidence, RanksFailed
 from orchestrator.provenance.record import Recorded
 from orchestrator.records import Ack, Batch, FactKind, RunSpec, RunStatus, RunTicket
@@ -32,7 +32,7 @@ class Place:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.tracker = directory, self
-        self.ends: list[Callable[[], str]] = []
+        self.ends: list[Callable[[], Returned]] = []
         self.answers: list[Exception | None] = []
         self.specs: list[RunSpec] = []
         self.fitted = self.attempts = 0
@@ -46,7 +46,7 @@ class Place:
         return ""
 
     def close(self) -> None: ...
-    def fit(self, plan: Any, settings: Settings) -> str:
+    def fit(self, plan: Any, settings: Settings) -> Returned:
         self.fitted += 1
         return self.ends.pop(0)()
 
@@ -84,11 +84,11 @@ class Place:
         return [fact.data for fact in self.told if fact.kind is FactKind.status]
 
 
-def done() -> str:
-    return DONE
+def done() -> Returned:
+    return Returned(how=DONE)
 
 
-def killed() -> str:
+def killed() -> Returned:
     raise RanksFailed([KILLED])
 
 
@@ -175,7 +175,7 @@ def test_what_goes_wrong_in_the_driver_is_told_and_logged_without_secrets(
     def broken(*_: object) -> None:
         raise OSError(f"no answer from s3://me:{SECRET}@bucket")
 
-    monkeypatch.setattr(driver, "_write_config", broken)
+    monkeypatch.setattr(driver, "write_config", broken)
     outcome = trained(place)
     assert outcome.status is RunStatus.failed
     (told,) = place.statuses()

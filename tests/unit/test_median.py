@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import pytest
 
-from orchestrator.sweeps.median import MOST_ROWS, MedianStopping, compare, table
-from orchestrator.sweeps.state import Direction, Median, Settings, Status
-from tests.plugins.sweep_model import Ending, Loop, MedianByHand, World, jobs_of
+from orchestrator.sweeps.median import MOST_ROWS, Medians, MedianStopping, compare, table
+from orchestrator.sweeps.state import Direction, Median, Settings, State, Status
+from tests.plugins.sweep_model import Ending, Loop, MedianByHand, World, jobs_of, simulate
 
 JUDGE = {"direction": "min", "grace": 2, "trials": 3, "every": 1, "means": [[1, 0.5, 3], [2, 0.5, 3], [4, 0.25, 2]]}
 
@@ -91,3 +93,28 @@ def test_failed_ones_and_the_trial_itself_are_not_compared_with() -> None:
     loop.tell(jobs[1], world.train(jobs[1]))  # type: ignore[arg-type]
     assert [row[2] for row in loop.scheduler.judge(loop.state, 2)["means"]] == [1] * 9
     assert loop.scheduler.judge(loop.state, 1)["means"] == []
+
+
+def test_a_table_that_grew_curve_by_curve_is_the_one_made_at_once() -> None:
+    for seed in range(20):
+        stream = random.Random(seed)
+        curves: list[list[tuple[float, float]]] = []
+        medians = Medians()
+        for _ in range(12):
+            resources = sorted({round(stream.uniform(0, 8), stream.choice([0, 1])) for _ in range(stream.randrange(6))})
+            curves.append([(at, stream.choice([math.nan, stream.random(), stream.random()])) for at in resources])
+            medians.add(curves[-1])
+            finite = [[(at, score) for at, score in curve if math.isfinite(score)] for curve in curves]
+            expected = []
+            for at in sorted({at for curve in finite for at, _ in curve}):
+                means = [statistics.fmean(s for r, s in c if r <= at) for c in finite if c and c[0][0] <= at]
+                expected.append([at, pytest.approx(statistics.median(means)), len(means)])
+            assert medians.rows() == expected
+
+
+def test_a_state_that_went_on_is_read_on_and_another_one_from_the_start() -> None:
+    loop = Loop(Settings(samples=12, seed=1, median=Median(trials=2)), MedianStopping())
+    kept, other = MedianStopping(), State(loop.first)
+    for _ in simulate(loop, 2, World(1).train, World(1).seconds):
+        assert kept.judge(loop.state, 99) == MedianStopping().judge(loop.state, 99)
+        assert kept.judge(other, 99)["means"] == []

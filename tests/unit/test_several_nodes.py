@@ -160,7 +160,7 @@ def test_a_head_that_is_away_costs_nothing_of_what_the_ranks_said(monkeypatch: p
 
     monkeypatch.setattr("orchestrator.execution.placement.nodes", away)
     said = [Evidence(rank=0, type="ValueError", message="bad", traceback="Traceback")]
-    assert on_ray._with_lost_nodes(said, Placement("a run's")) == said
+    assert on_ray.with_lost_nodes(said, Placement("a run's")) == said
 
 
 def test_rays_text_about_a_dead_node_is_understood() -> None:
