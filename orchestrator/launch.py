@@ -1,4 +1,5 @@
-"""The entry point of jobs: `python -m orchestrator.launch train key=value …`, with the options of `orc run`.
+"""The entry point of jobs: `python -m orchestrator.launch train key=value …`, with the options of `orc run`, and
+`… sweep key=value …` or `… sweep resume S` with those of `orc sweep`.
 
 Made for `ray job submit`, also from a project that has a `jobs/` folder of its own: it needs nothing but this package.
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from orchestrator.cli import main as cli
 from orchestrator.cli import text
 
-KINDS = {"train": "run"}
+KINDS = {"train": "run", "sweep": "sweep"}
 """What can be launched, and the verb of `orc` that does it."""
 
 

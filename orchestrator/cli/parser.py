@@ -88,6 +88,84 @@ def _local(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local", action="store_true", help="without Ray: the ranks are processes of this host")
 
 
+SWEEP = "a sweep: its id, the beginning of its id, its name, or `last` for the newest"
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    _composition(parser)
+    parser.add_argument("--name", metavar="NAME", help="the sweep's name (default: a pronounceable one)")
+    parser.add_argument("--run-id", metavar="ID", default="", help="the id that the sweep shall have (default: made)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done, and refuse what would be")
+    _local(parser)
+
+
+def _sweep_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help=SWEEP)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="sweep.key=value", help="what shall change, as with `orc sweep set`"
+    )
+    parser.add_argument("--failed", action="store_true", help="run the failed trials again")
+    _local(parser)
+
+
+def _sweep_extend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help=SWEEP)
+    parser.add_argument("more", nargs="+", metavar="+N|sweep.budget.KEY=VALUE", help="more trials, or a larger budget")
+
+
+def _sweep_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help=SWEEP)
+    parser.add_argument("overrides", nargs="+", metavar="sweep.key=value", help="keys of the sweep section")
+
+
+def _sweep_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", nargs="?", default="last", help=f"{SWEEP} (default)")
+
+
+def _sweep_show(parser: argparse.ArgumentParser) -> None:
+    _sweep_reference(parser)
+    parser.add_argument("--trials", metavar="N", type=_natural, default=12, help="best N trials (default 12)")
+    _api(parser)
+
+
+def _sweep_watch(parser: argparse.ArgumentParser) -> None:
+    _sweep_show(parser)
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=_seconds, default=2.0, help="time between two looks (default 2)"
+    )
+    parser.add_argument("--once", action="store_true", help="how it stands now, and end")
+
+
+def _sweep_best(parser: argparse.ArgumentParser) -> None:
+    _sweep_reference(parser)
+    parser.add_argument("-n", dest="count", metavar="K", type=_positive, default=1, help="best K trials (default 1)")
+    parser.add_argument("--metric", metavar="KEY", default="", help="another objective of the sweep")
+    _api(parser)
+
+
+def _sweep_trials(parser: argparse.ArgumentParser) -> None:
+    _sweep_reference(parser)
+    parser.add_argument(
+        "--status", "-s", metavar="STATUS", default="", help="running, waiting, complete, stopped, failed, cancelled"
+    )
+    _api(parser)
+
+
+def _sweep_some(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help=SWEEP)
+    parser.add_argument("trials", metavar="TRIAL", nargs="+", type=_natural, help="numbers of trials")
+
+
+def _sweep_some_or_all(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help=SWEEP)
+    parser.add_argument("trials", metavar="TRIAL", nargs="*", type=_natural, help="numbers of trials (default: all)")
+
+
+def _sweep_verify(parser: argparse.ArgumentParser) -> None:
+    _sweep_reference(parser)
+    _api(parser)
+
+
 def _submit(parser: argparse.ArgumentParser) -> None:
     _composition(parser)
     parser.add_argument("--name", metavar="NAME", help="the run's name (default: a pronounceable one)")
@@ -140,6 +218,7 @@ def _ls(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", "-n", metavar="N", type=_positive, default=20, help="newest N (default 20)")
     parser.add_argument("--all", "-a", action="store_true", help="no limit")
+    parser.add_argument("--trials", action="store_true", help="also the runs of sweeps' trials")
     _api(parser)
 
 
@@ -189,6 +268,7 @@ def _logs(parser: argparse.ArgumentParser) -> None:
 def _rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
     parser.add_argument("--force", action="store_true", help="also a run that has not ended, as far as anybody knows")
+    parser.add_argument("--trials", action="store_true", help="of a sweep: with the runs of all its trials")
     parser.add_argument("--keep-files", action="store_true", help="remove the record, leave the run's directory")
     _removal(parser)
 
@@ -373,7 +453,7 @@ def _natural(given: str) -> int:
     return int(given)
 
 
-TRAINING, LOOKING, CHECKPOINTS = "training", "looking", "checkpoints"
+TRAINING, SWEEPS, LOOKING, CHECKPOINTS = "training", "sweeps", "looking", "checkpoints"
 SERVICES, DATABASE, OTHER = "services", "configuration and database", "other"
 
 VERBS: tuple[Verb, ...] = (
@@ -407,6 +487,104 @@ VERBS: tuple[Verb, ...] = (
         summary="stop a run, keeping everything logged so far",
         target="runs:cancel",
         define=_cancel,
+    ),
+    Verb(
+        name="sweep",
+        topic=SWEEPS,
+        summary="search over the same function and config: many trials, planned, resumable",
+        target="sweep:run",
+        define=_sweep,
+        epilog="example: orc sweep experiment=digits 'optim.lr=loguniform(1e-4,1e-1)' sweep.samples=16. "
+        "More: orc sweep resume|extend|set|show|watch|best|trials|hold|continue|stop|retry|verify.",
+    ),
+    Verb(
+        name="sweep resume",
+        topic=SWEEPS,
+        summary="go on with a sweep that was interrupted, exactly where it was",
+        target="sweep:resume",
+        define=_sweep_resume,
+        epilog="example: orc sweep resume last",
+    ),
+    Verb(
+        name="sweep extend",
+        topic=SWEEPS,
+        summary="give a sweep more trials or a larger budget",
+        target="sweep_control:extend",
+        define=_sweep_extend,
+        epilog="example: orc sweep extend last +20",
+    ),
+    Verb(
+        name="sweep set",
+        topic=SWEEPS,
+        summary="change concurrency, limits or budget of a sweep, also while it runs",
+        target="sweep_control:set_",
+        define=_sweep_set,
+        epilog="example: orc sweep set last sweep.concurrency=2",
+    ),
+    Verb(
+        name="sweep show",
+        topic=SWEEPS,
+        summary="how a sweep stands: rungs, best trials, history, what mattered",
+        target="sweep_show:show",
+        define=_sweep_show,
+    ),
+    Verb(
+        name="sweep watch",
+        topic=SWEEPS,
+        summary="a sweep while it goes on",
+        target="sweep_show:watch",
+        define=_sweep_watch,
+    ),
+    Verb(
+        name="sweep best",
+        topic=SWEEPS,
+        summary="configuration, score and checkpoint of the best trials",
+        target="sweep_show:best",
+        define=_sweep_best,
+        epilog="example: orc sweep best last -n 3",
+    ),
+    Verb(
+        name="sweep trials",
+        topic=SWEEPS,
+        summary="list all trials of a sweep",
+        target="sweep_show:trials",
+        define=_sweep_trials,
+    ),
+    Verb(
+        name="sweep hold",
+        topic=SWEEPS,
+        summary="no further jobs for these trials until `orc sweep continue`",
+        target="sweep_control:hold",
+        define=_sweep_some,
+    ),
+    Verb(
+        name="sweep continue",
+        topic=SWEEPS,
+        summary="let held trials go on",
+        target="sweep_control:continue_",
+        define=_sweep_some,
+    ),
+    Verb(
+        name="sweep stop",
+        topic=SWEEPS,
+        summary="end these trials for good, or with no number the whole sweep gracefully",
+        target="sweep_control:stop",
+        define=_sweep_some_or_all,
+    ),
+    Verb(
+        name="sweep retry",
+        topic=SWEEPS,
+        summary="run failed trials again",
+        target="sweep_control:retry",
+        define=_sweep_some_or_all,
+    ),
+    Verb(
+        name="sweep verify",
+        topic=SWEEPS,
+        summary="replay every decision of a sweep from what it read",
+        target="sweep_show:verify",
+        define=_sweep_verify,
+        epilog="Exit codes: 0 every decision is the same again, 1 some differ.",
     ),
     Verb(name="ls", topic=LOOKING, summary="list runs, newest first", target="runs:ls", define=_ls),
     Verb(name="show", topic=LOOKING, summary="everything about one run", target="runs:show", define=_show),
@@ -646,11 +824,13 @@ def verb_parser(verb: Verb) -> Parser:
 
 
 def _choose(words: Sequence[str]) -> tuple[Verb, list[str]]:
-    first = words[0]
-    if first in BY_NAME:
+    first, both = words[0], " ".join(words[:2])
+    if both in BY_NAME:
+        return BY_NAME[both], list(words[2:])
+    if first in BY_NAME and not (first in GROUPS and _is_meant_for_a_verb(words[1:2])):
         return BY_NAME[first], list(words[1:])
     if first not in GROUPS:
-        known = [*BY_NAME, *GROUPS]
+        known = dict.fromkeys((*BY_NAME, *GROUPS))
         raise UsageError(
             f"there is no verb {first!r}.{text.did_you_mean(text.nearest(first, known))}", "`orc --help` lists them."
         )
@@ -659,11 +839,14 @@ def _choose(words: Sequence[str]) -> tuple[Verb, list[str]]:
     if second in ("--help", "-h"):
         print(overview(first))
         raise SystemExit(0)
-    if second not in options:
-        near = text.did_you_mean(text.nearest(second, options))
-        what = f"there is no verb '{first} {second}'.{near}" if second else f"{first} what?"
-        raise UsageError(what, f"usage: orc {first} {{{'|'.join(options)}}} …")
-    return BY_NAME[f"{first} {second}"], list(words[2:])
+    near = text.did_you_mean(text.nearest(second, options))
+    what = f"there is no verb '{first} {second}'.{near}" if second else f"{first} what?"
+    raise UsageError(what, f"usage: orc {first} {{{'|'.join(options)}}} …")
+
+
+def _is_meant_for_a_verb(words: Sequence[str]) -> bool:
+    """`orc sweep resum` is a slip, `orc sweep lr=1` and `orc sweep ~key` are none."""
+    return bool(words) and "=" not in words[0] and not words[0].startswith(("-", "~", "+"))
 
 
 def overview(group: str = "") -> str:

@@ -46,7 +46,8 @@ REMOVED = "REMOVED"
 
 def rm(arguments: argparse.Namespace, output: Output) -> int:
     with open_store(arguments.home) as store:
-        doomed = [_doomed(store, run, with_files=not arguments.keep_files) for run in dict.fromkeys(arguments.runs)]
+        runs = _with_trials(store, arguments.runs) if arguments.trials else arguments.runs
+        doomed = [_doomed(store, run, with_files=not arguments.keep_files) for run in dict.fromkeys(runs)]
         doomed = list({one.run: one for one in doomed}.values())
         _refuse_active(doomed, force=arguments.force)
         document: dict[str, Any] = {"dry_run": arguments.dry_run, "runs": doomed}
@@ -62,6 +63,18 @@ def rm(arguments: argparse.Namespace, output: Output) -> int:
         again = " ".join(one.run for one in left)
         raise UserError(f"Files are left of what was removed. When their storage works: orc rm {again}")
     return 0
+
+
+def _with_trials(store: Store, references: Sequence[str]) -> list[str]:
+    """The runs of a sweep's trials stand before it: it goes when they are gone."""
+    found: list[str] = []
+    for reference in references:
+        try:
+            run = DatabaseCatalog(store).run(reference).run
+        except NotFound:
+            run = reference  # half removed, perhaps
+        found += [*store.trial_runs(run), run]
+    return found
 
 
 def _doomed(store: Store, reference: str, *, with_files: bool) -> Doomed:

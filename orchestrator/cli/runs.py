@@ -29,6 +29,7 @@ def ls(arguments: argparse.Namespace, output: Output) -> int:
             tags=tags,
             search=arguments.search,
             limit=NO_LIMIT if arguments.all else arguments.limit,
+            trials=arguments.trials,
         )
         metrics = catalog.main_metrics(*(row.run for row in rows[:MOST_WITH_METRIC]))
     now = time.time()

@@ -1,4 +1,4 @@
-"""`orc submit`: the command of `orc run` as a Ray job. What can be refused is refused before a byte is sent."""
+"""`orc submit`: the command of `orc run` or `orc sweep` as a Ray job. What can be refused is refused before sending."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from orchestrator.provenance.record import told_to_jobs
 from orchestrator.provenance.tree import is_secret_file
 from orchestrator.stack import Stack
 from orchestrator.store.names import run_id
+from orchestrator.sweeps.template import template
 
-KINDS = {"run": "train", "train": "train"}
+KINDS = {"run": "train", "train": "train", "sweep": "sweep"}
 """What can be submitted, and the word for it of `python -m orchestrator.launch`."""
 
 VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z_]\w*)")
@@ -48,9 +49,10 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
         raise ConfigError("--id", arguments.id, "is no id of a job.", hint)
     address, variables = submission.job_server(arguments.address, os.environ, Stack.find(arguments.home))
     os.environ.update(variables)  # before the user's module is imported, which may import ray
-    job, config_dir = _checked(arguments, directory)
+    resumed = _resumed(kind, arguments)
+    job, config_dir = (resumed, "") if resumed else _checked(kind, arguments, directory)
     overrides = list(arguments.overrides)
-    if not job.settings.run.user:  # the job itself runs under the cluster's account
+    if not job.settings.run.user and not resumed:  # the job itself runs under the cluster's account
         overrides.append(f"run.user={json.dumps(user_name(), ensure_ascii=False)}")
     forwarded = forwarded_variables([*job.settings.submit.env, *arguments.env], os.environ)
     _note_variables(job, arguments.overrides, forwarded, output)
@@ -62,7 +64,7 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
 
     server = JobServer(address)
     # With `resume: auto` only the cluster knows which run it will be.
-    run = "" if job.settings.run.resume is Resume.auto else run_id(time.time())
+    run = "" if resumed or job.settings.run.resume is Resume.auto else run_id(time.time())
     command = entrypoint(kind, overrides, run=run, base=arguments.base or "", config_dir=config_dir)
     with tempfile.TemporaryDirectory(prefix="orc-submit-") as scratch:
         archive = Path(scratch) / "project.zip"
@@ -133,7 +135,21 @@ def check_no_secret(overrides: Iterable[str]) -> None:
             raise ConfigError(key, None, why, hint)
 
 
-def _checked(arguments: argparse.Namespace, directory: Path) -> tuple[Job, str]:
+def _resumed(kind: str, arguments: argparse.Namespace) -> Job | None:
+    """The stored configuration of a sweep that shall go on (`orc submit sweep resume S`); None: it is something else.
+    The job is told the id, because `last` may be another one when it starts."""
+    if kind != KINDS["sweep"] or arguments.overrides[:1] != ["resume"]:
+        return None
+    if len(arguments.overrides) != 2:
+        raise UserError("Which sweep? Write: orc submit sweep resume SWEEP")
+    with open_catalog(arguments.home) as catalog:
+        sweep = catalog.sweep(arguments.overrides[1]).sweep
+        stored = catalog.run(sweep).config
+    arguments.overrides = ["resume", sweep]
+    return template((), base=stored, keeps_sweep=True)[0].base
+
+
+def _checked(kind: str, arguments: argparse.Namespace, directory: Path) -> tuple[Job, str]:
     """The config as the job will compose it, and --config-dir as seen from the working directory."""
     check_no_secret(arguments.overrides)
     if arguments.base:
@@ -151,7 +167,16 @@ def _checked(arguments: argparse.Namespace, directory: Path) -> tuple[Job, str]:
     if arguments.name:
         arguments.overrides.append(f"run.name={json.dumps(arguments.name, ensure_ascii=False)}")
     with contextlib.chdir(directory):
-        return composed(arguments), inside
+        return (_swept(arguments) if kind == KINDS["sweep"] else composed(arguments)), inside
+
+
+def _swept(arguments: argparse.Namespace) -> Job:
+    base = None
+    if arguments.base:
+        with open_catalog(arguments.home) as catalog:
+            base = catalog.run(arguments.base).config
+    config_dir = Path(arguments.config_dir) if arguments.config_dir else None
+    return template(arguments.overrides, config_dir=config_dir, base=base)[0].base
 
 
 def _note_variables(job: Job, overrides: Sequence[str], forwarded: Mapping[str, str], output: Output) -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import config
-from orchestrator.catalog import open_catalog
+from orchestrator.catalog import Catalog, open_catalog
 from orchestrator.cli import progress, text
 from orchestrator.cli.configs import composed
 from orchestrator.cli.output import Output
 from orchestrator.config import Job
-from orchestrator.errors import RunIsActive, UserError
+from orchestrator.errors import NotFound, RunIsActive, UserError
 from orchestrator.failures.explain import five_lines
 from orchestrator.records import RunStatus
 
 if TYPE_CHECKING:
     from orchestrator.execution.driver import Outcome
+    from orchestrator.store.views import RunDetail
 
 METRICS_AT_THE_END = 12
 
@@ -30,6 +31,7 @@ def resume(arguments: argparse.Namespace, output: Output) -> int:
     """The stored config of the run, with overrides, as its next attempt."""
     with open_catalog(arguments.home) as catalog:
         interrupted = catalog.run(arguments.run)
+        _refuse_sweeps(catalog, interrupted)
     if not interrupted.status.is_terminal:
         raise RunIsActive(interrupted.run, interrupted.status)
     if interrupted.status is RunStatus.finished and not arguments.overrides:
@@ -40,6 +42,18 @@ def resume(arguments: argparse.Namespace, output: Output) -> int:
     directory = Path(arguments.config_dir) if arguments.config_dir else None
     job = config.compose(arguments.overrides, config_dir=directory, base=interrupted.config)
     return _trained(job, arguments, output, run=interrupted.run)
+
+
+def _refuse_sweeps(catalog: Catalog, run: RunDetail) -> None:
+    """What belongs to a sweep goes on with it: an attempt beside it would be none of its decisions."""
+    try:
+        sweep = catalog.sweep(run.sweep or run.run)
+    except NotFound:
+        return
+    if sweep.driver:
+        what = f"is a trial of sweep {sweep.name}" if run.sweep else "is a sweep"
+        hint = f"It goes on with `orc sweep resume {sweep.name}`; `orc run --from {run.name}` trains the same anew."
+        raise UserError(f"Run {run.name} {what}. {hint}")
 
 
 def _trained(job: Job, arguments: argparse.Namespace, output: Output, *, run: str = "", new_run: str = "") -> int:

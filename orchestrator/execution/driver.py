@@ -37,7 +37,7 @@ from orchestrator.execution.on_ray import OnRay
 from orchestrator.execution.place import Place, Tracker
 from orchestrator.execution.ray_names import job_metadata
 from orchestrator.execution.run_logs import driver_log, structured
-from orchestrator.execution.worker import STOPPED, Plan, copy_to_storage, local_directory, log_path
+from orchestrator.execution.worker import STOPPED, Plan, Returned, copy_to_storage, local_directory, log_path
 from orchestrator.failures.classify import Decision, Evidence, RanksFailed, after, first_cause
 from orchestrator.provenance.record import record
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
@@ -135,23 +135,30 @@ def train(
     progress: Progress | None = None,
     run: str = "",
     new_run: str = "",
+    after_attempt: int = 0,
     open_place: Callable[[Stack], Place] | None = None,
+    around: Callable[[Place, Stack, RunSpec], Place] | None = None,
 ) -> Outcome:
     """Runs `job` on the stack of `home`, as the next attempt of `run` if that is given, and waits for its end.
 
-    `new_run` is the id that a new run shall have, see RunSpec.new_run. `open_place` says where: on Ray, if not given.
+    `new_run` is the id that a new run shall have, `after_attempt` the attempt of `run` that is known to be over though
+    it may look alive; see RunSpec. `open_place` says where: on Ray, if not given.
+    `around` makes the place that is used of the one that was opened: a sweep is what its place does in the attempt.
     Everything that can be refused is refused before a run exists. Raises ConfigError, ServiceUnavailable, RunIsActive.
     A run that fails does not raise: the outcome says so.
     """
     progress = _Shown(progress or Silent())
     stack = Stack.load(home)
     # The id is chosen here, so that the Ray job can carry it from its first moment.
-    spec = replace(_spec(job, stack), run=run, new_run=new_run or run_id(time.time()))
+    new_run = new_run or run_id(time.time())
+    spec = replace(spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt)
     progress.phase("connecting")
     place = open_place(stack) if open_place else OnRay(stack, job_metadata(spec))
     try:
+        spec = replace(spec, job=place.job)
+        place = around(place, stack, spec) if around else place
         place.check(job.settings)
-        return _attempts(job, stack, place, replace(spec, job=place.job), progress)
+        return _attempts(job, stack, place, spec, progress)
     finally:
         place.close()
 
@@ -290,7 +297,7 @@ class _Attempt:
     def _describe(self) -> None:
         directory = Path(local_directory(self._ticket))
         directory.mkdir(parents=True, exist_ok=True)
-        _write_config(directory, self._job)
+        write_config(directory, self._job)
         copy_to_storage(self._ticket, directory / "config.json", directory / "config.yaml")
         self._identify(RunStatus.running)
         settings = self._job.settings
@@ -323,9 +330,10 @@ class _Attempt:
                 return RunStatus.cancelled, self._stop_reason() + " (workers were ended after the grace time)", {}
         self._show()
         if fit.error is None:
-            if fit.value == STOPPED:
+            returned: Returned = fit.value
+            if returned.how == STOPPED:
                 return RunStatus.cancelled, self._stop_reason(), {}
-            return RunStatus.finished, "", {}
+            return RunStatus.finished, str(returned.tally.get("reason", "")), {}
         if self._stop_since is not None:
             return RunStatus.cancelled, self._stop_reason(), {}
         finding = first_cause(_evidence(fit.error, self._job.secrets))
@@ -382,7 +390,7 @@ class _Attempt:
             return
         copy_to_storage(self._ticket, file)
 
-    def _fit(self) -> str:
+    def _fit(self) -> Returned:
         return self._place.fit(self._plan(), self._job.settings)
 
     def _plan(self) -> Plan:
@@ -403,6 +411,7 @@ class _Attempt:
             threads=max(int(settings.resources.cpus_per_worker), 1),
             perf=settings.tracking.perf,
             debug=tuple(settings.tracking.debug),
+            judge={"stopping": asdict(settings.stopping)},
         )
 
     def _beat(self) -> None:
@@ -511,7 +520,7 @@ class _Background:
             self.done.set()
 
 
-def _spec(job: Job, stack: Stack) -> RunSpec:
+def spec_of(job: Job, stack: Stack) -> RunSpec:
     run = job.settings.run
     return RunSpec(
         experiment=run.experiment,
@@ -550,7 +559,7 @@ def _local_storage(url: str) -> tuple[str, ...]:
     return (os.path.abspath(os.path.expanduser(path)),) if path and "://" not in path else ()
 
 
-def _write_config(directory: Path, job: Job) -> None:
+def write_config(directory: Path, job: Job) -> None:
     (directory / "config.json").write_text(render(job, "json"))
     (directory / "config.yaml").write_text(render(job, "yaml"))
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager, suppress
 
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from orchestrator.execution.ray_names import Identity, named_workers
+from orchestrator.execution.ray_names import Identity, LaneIdentity, named_workers
 from orchestrator.execution.ray_pointer import forgive_pointers
 
 
 class NamedWorkers(WorkerGroupCallback):
     """Lives in Ray Train's controller. Whatever goes wrong with the names, the workers start."""
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(self, identity: Identity | LaneIdentity) -> None:
         self._identity = identity
 
     @contextmanager

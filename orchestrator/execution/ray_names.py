@@ -49,6 +49,28 @@ class Identity:
         return f"{self.name}/attempt-{self.attempt}/rank-{rank}"
 
 
+@dataclass(frozen=True, slots=True)
+class LaneIdentity:
+    """What is named after a generation of a sweep's lane: the group of ranks that takes jobs until it ends.
+    Example: LaneIdentity("digits-sweep-31", "20261121-081530-a1b2c3d4", 0, 2)."""
+
+    name: str
+    sweep: str
+    lane: int
+    generation: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}/{self.sweep}/lane-{self.lane}-g{self.generation}"
+
+    def part(self, what: str) -> str:
+        return f"{self.title}/{what}"
+
+    def process(self, rank: int) -> str:
+        """Between two jobs."""
+        return f"{self.name}/lane-{self.lane}/rank-{rank}"
+
+
 # -- the job
 
 
@@ -105,14 +127,14 @@ _name_of: contextvars.ContextVar[NameOf | None] = contextvars.ContextVar("orc_ac
 
 
 @contextlib.contextmanager
-def named_controller(identity: Identity) -> Iterator[None]:
+def named_controller(identity: Identity | LaneIdentity) -> Iterator[None]:
     """In the driver, around `fit`: names the actor that controls the workers."""
     controller = identity.part("controller")
     with _naming(lambda kind, _: controller if kind == "TrainController" else ""):
         yield
 
 
-def worker_names(identity: Identity) -> list[Any]:
+def worker_names(identity: Identity | LaneIdentity) -> list[Any]:
     """Callbacks for Ray Train's RunConfig that name the placement group and the workers."""
     try:
         from orchestrator.execution.ray_callbacks import NamedWorkers
@@ -123,7 +145,7 @@ def worker_names(identity: Identity) -> list[Any]:
 
 
 @contextlib.contextmanager
-def named_workers(identity: Identity) -> Iterator[None]:
+def named_workers(identity: Identity | LaneIdentity) -> Iterator[None]:
     """In the controller, while it makes a placement group and the workers in it."""
     with contextlib.ExitStack() as stack:
         with _guarded("the placement group"):
@@ -133,7 +155,7 @@ def named_workers(identity: Identity) -> Iterator[None]:
         yield
 
 
-def _worker_name(identity: Identity, kind: str, options: Mapping[str, Any]) -> str:
+def _worker_name(identity: Identity | LaneIdentity, kind: str, options: Mapping[str, Any]) -> str:
     if kind == "SynchronizationActor":
         return identity.part("synchronization")
     strategy = options.get("scheduling_strategy")

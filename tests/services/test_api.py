@@ -37,6 +37,7 @@ from orchestrator.records import RunSpec, RunStatus
 from orchestrator.stack import Stack
 from orchestrator.store import migrate
 from orchestrator.store.store import Store
+from orchestrator.sweep_records import SweepSpec
 from tests.plugins.api_server import client, serving
 from tests.plugins.runs import wait_until
 
@@ -47,12 +48,13 @@ ORC = Path(sys.executable).with_name("orc")
 
 @pytest.fixture(scope="module")
 def stack(schema_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """With one run, whose storage URL has a password, and an API server."""
+    """With a sweep and a run whose storage URL has a password, and an API server."""
     home = tmp_path_factory.mktemp("home")
     store = Store(schema_url, pool_size=1)
     ticket = store.open_attempt(
         RunSpec(experiment="digits", name="brave-otter", storage_url=str(home / "runs")), now=1e9, lease_seconds=1e6
     )
+    store.open_sweep(SweepSpec(sweep=ticket.run), "me")
     logs = Path(ticket.directory) / "logs" / "attempt-1"
     logs.mkdir(parents=True)
     (logs / "rank-0.log").write_text("hello from 0\n")
@@ -84,7 +86,7 @@ def every_route(run: str = "a-run") -> list[str]:
     """One address of each route there is."""
     (mount,) = application(Path("/nowhere"), "postgresql://nobody@127.0.0.1:1/none", "").routes
     paths = [f"/api/v1{route.path}" for route in mount.routes]  # type: ignore[attr-defined]
-    values = {"{run}": run, "{attempt:int}": "1", "{source}": "driver"}
+    values = {"{run}": run, "{attempt:int}": "1", "{source}": "driver", "{sweep}": run}
     for name, value in values.items():
         paths = [path.replace(name, value) for path in paths]
     return paths
@@ -104,7 +106,7 @@ def test_nothing_but_the_health_is_told_without_a_token(stack: Stack, path: str,
 def test_every_route_answers_with_the_token(stack: Stack) -> None:
     run = client(stack).run("brave-otter").run
     parameters = {
-        "/api/v1/run": "?reference=last", f"/api/v1/runs/{run}/points": "?key=loss",
+        "/api/v1/run": "?reference=last", "/api/v1/sweep": "?reference=last", f"/api/v1/runs/{run}/points": "?key=loss",
         f"/api/v1/runs/{run}/points_of": "?key=loss&key=none",
     }  # fmt: skip
     for path in every_route(run):
