@@ -7,6 +7,8 @@
 # make bench-metrics  what metrics cost and how much the tracker takes, beside W&B, MLflow, Aim, tensorboardX (ARGS="--only log"); 40 minutes
 # make bench-checkpoints  what a save costs a training, beside torch.save, DCP, Ray Train and others (ARGS="--only stall"); about an hour
 # make campaign-checkpoints  kills trainers and writers 200 times at random and checks what loads after each, beside DCP and Ray Train
+# make bench-sweeps  what a sweep costs, beside Ray Tune over TorchTrainer and bare processes (ARGS="--only asha", "--quick"); an hour and a half
+# make campaign-sweeps  kills drivers, workers, groups, trackers and heads of sweeps at random and compares the tables of trials
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
 
 VENV ?= .venv
@@ -17,7 +19,7 @@ TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
 PYTEST = $(RUN) pytest -p tests.plugins.tiers
 CODE = orchestrator actors jobs cluster tests tools setup.py
 
-.PHONY: demo test check format chaos campaign campaign-checkpoints ui-test bench-ls bench-metrics bench-checkpoints venv
+.PHONY: demo test check format chaos campaign campaign-checkpoints campaign-sweeps ui-test bench-ls bench-metrics bench-checkpoints bench-sweeps venv
 
 demo:
 	@tools/venv demo
@@ -49,6 +51,9 @@ campaign: venv
 campaign-checkpoints: venv
 	@$(RUN) tests.plugins.checkpoint_campaign $(ARGS)
 
+campaign-sweeps: venv
+	@$(RUN) tests.plugins.sweep_campaign $(ARGS)
+
 bench-ls: venv
 	@"$(VENV)/bin/python" tools/bench/ls.py
 
@@ -57,6 +62,9 @@ bench-metrics: venv
 
 bench-checkpoints: venv
 	@"$(VENV)/bin/python" tools/bench/checkpoints $(ARGS)
+
+bench-sweeps: venv
+	@"$(VENV)/bin/python" tools/bench/sweeps $(ARGS)
 
 ui-test: venv
 	@tools/needs chromium

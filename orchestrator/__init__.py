@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.execution.script import start_run as start_run
     from orchestrator.execution.script_callbacks import TrainCallback as TrainCallback
     from orchestrator.execution.script_callbacks import TuneCallback as TuneCallback
+    from orchestrator.execution.sweep_api import SweepResult as SweepResult
+    from orchestrator.execution.sweep_api import sweep as sweep
     from orchestrator.training.run import Run as Run
     from orchestrator.training.run import RunStopped as RunStopped
     from orchestrator.training.standalone import Checkpoints as Checkpoints
@@ -31,6 +33,7 @@ _HOMES = {
     "OrchestratorError": "orchestrator.errors",
     "Run": "orchestrator.training.run",
     "RunStopped": "orchestrator.training.run",
+    "SweepResult": "orchestrator.execution.sweep_api",
     "TrainCallback": "orchestrator.execution.script_callbacks",
     "TuneCallback": "orchestrator.execution.script_callbacks",
     "UserError": "orchestrator.errors",
@@ -38,6 +41,7 @@ _HOMES = {
     "metrics": "orchestrator.catalog.metrics",
     "open_catalog": "orchestrator.catalog",
     "start_run": "orchestrator.execution.script",
+    "sweep": "orchestrator.execution.sweep_api",
 }
 """The public names, and the module that has each."""
 
@@ -46,6 +50,7 @@ __all__ = [
     "OrchestratorError",
     "Run",
     "RunStopped",
+    "SweepResult",
     "TrainCallback",
     "TuneCallback",
     "UserError",
@@ -53,6 +58,7 @@ __all__ = [
     "metrics",
     "open_catalog",
     "start_run",
+    "sweep",
 ]
 
 

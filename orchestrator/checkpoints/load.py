@@ -1,11 +1,13 @@
 """Loads a checkpoint outside of a training: for evaluation, a notebook, another project's fine-tuning.
 
-Nothing here writes: a damaged checkpoint is passed over and named, and stays where it is.
+A damaged checkpoint is passed over and named, and stays where it is. All that is written is the word that one is being
+read, so that its run does not delete it meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,9 @@ from orchestrator.checkpoints.reader import Stored, read, read_manifest
 from orchestrator.checkpoints.state import TrainState
 from orchestrator.checkpoints.tree import unpack
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, NotFound, UserError
+
+LISTINGS = 20
+"""So often the list is made anew because one of it was deleted before it could be held."""
 
 
 class NoCheckpoint(CheckpointError, UserError):
@@ -140,15 +145,35 @@ def _first_valid(storage: Storage, which: str) -> tuple[Storage, Stored, tuple[s
     if not which or catalog.is_name(which):
         inside = storage.join(which) if which else storage
         return inside, _named(inside), ()
-    found = catalog.scan(storage)
-    skipped = [f"{name}: {error}" for name, error in found.corrupt]
-    for manifest in _wanted(storage, found.committed, which):
-        try:
-            inside = storage.join(manifest.name)
-            return inside, _read(inside, manifest), tuple(skipped)
-        except (CheckpointCorrupt, DeletedMeanwhile) as error:
-            skipped.append(f"{manifest.name}: {error}")
-    raise NoCheckpoint(storage.uri(), which, tuple(skipped))
+    skipped: dict[str, str] = {}
+    for _ in range(LISTINGS):
+        found = catalog.scan(storage)
+        skipped |= {name: f"{name}: {error}" for name, error in found.corrupt}
+        is_outdated = False
+        for manifest in _wanted(storage, found.committed, which):
+            if manifest.name in skipped:
+                continue
+            try:
+                return storage.join(manifest.name), _read_held(storage, manifest), tuple(skipped.values())
+            except CheckpointCorrupt as error:
+                skipped[manifest.name] = f"{manifest.name}: {error}"
+            except DeletedMeanwhile as error:
+                skipped[manifest.name] = f"{manifest.name}: {error}"
+                is_outdated = True  # a run that deletes has newer ones, and the older ones of this list go first
+                break
+        if not is_outdated:
+            break
+    raise NoCheckpoint(storage.uri(), which, tuple(skipped.values()))
+
+
+def _read_held(storage: Storage, manifest: Manifest) -> Stored:
+    """Reads one that its run may want to delete: not while it is read, where holding it is possible."""
+    inside = storage.join(manifest.name)
+    try:
+        with catalog.in_use(storage, manifest.name, now=time.time()):
+            return _read(inside, manifest)
+    except FileNotFoundError as error:
+        raise DeletedMeanwhile(inside.uri()) from error
 
 
 def _named(inside: Storage) -> Stored:

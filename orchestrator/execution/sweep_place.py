@@ -272,12 +272,14 @@ class SweepPlace:
 
         try:
             pool.want(first)
+            turns = _Turns(core, self._is_to_stop, self._ask_to_stop, shown, more)
+            turns.turn()  # what was asked while nobody ran it: a sweep that was over may have more to do now
             tuner.run(
                 core,
                 _LaneHands(self, pool, plan),
                 name=f"{ticket.run}-{ticket.attempt}",
                 directory=Path(self._stack.home) / "ray" / "tune",
-                on_turn=_Turns(core, self._is_to_stop, self._ask_to_stop, shown, more).turn,
+                on_turn=turns.turn,
             )
         finally:
             self._pool = None
@@ -600,7 +602,8 @@ class _LaneHands:
         except Exception as error:
             self._failed[assigned.job] = self._place.defect(assigned, error)
             return
-        self._pool.put(assigned, plan)
+        if not self._pool.put(assigned, plan):
+            self._pool.put(assigned, plan)  # the desk had died unnoticed, and there is another one now
 
     def ending(self, assigned: Assigned, raw: Mapping[str, Any]) -> Ending:
         failed = self._failed.pop(assigned.job, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,28 @@ def test_what_is_deleted_under_a_run_that_goes_on_is_not_called_damaged(
     assert "checkpoint-gone" in saver.diary.events
     assert "checkpoint-quarantined" not in saver.diary.events
     assert not saver.root.exists(name)
+
+
+def test_loading_looks_again_where_a_run_deleted_all_that_was_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, "run-1")
+    saver.save(1, 2)
+    listings = []
+
+    def scan(storage: Storage) -> catalog.Scan:
+        found = catalog.scan(storage)
+        listings.append([manifest.step for manifest in found.committed])
+        if len(listings) == 1:
+            saver.save(3)
+            for step in (1, 2):
+                catalog.remove(saver.root, f"step_{step:08d}-a1")
+        return found
+
+    monkeypatch.setattr(load, "catalog", SimpleNamespace(**{**vars(catalog), "scan": scan}))
+    assert load_checkpoint(saver.root.uri()).step == 3
+    assert listings == [[2, 1], [3]]
+    assert catalog.holds(saver.root, "step_00000003-a1") == frozenset(), "nobody reads it any more"
 
 
 def test_loading_passes_over_what_is_deleted_meanwhile_and_a_named_one_is_said_to_be_gone(

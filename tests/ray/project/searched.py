@@ -26,11 +26,12 @@ def train(run, cfg: Config) -> None:
     import torch
 
     if cfg.journal:
-        line = {"pid": os.getpid(), "rank": run.rank, "run": run.id, "attempt": run.attempt, "at": time.time()}
+        said = {"pid": os.getpid(), "rank": run.rank, "run": run.id, "attempt": run.attempt, "at": time.time()}
         with open(Path(cfg.journal, "began"), "a") as file:
-            file.write(json.dumps(line) + "\n")
-    model = torch.nn.Linear(cfg.width, 1, bias=False)
-    torch.nn.init.ones_(model.weight)
+            file.write(json.dumps(said) + "\n")
+    line = torch.nn.Linear(cfg.width, 1, bias=False)
+    torch.nn.init.ones_(line.weight)
+    model = run.prepare(line)
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.5)
     state = run.state(model=model, optimizer=optimizer)
     for _ in run.epochs(cfg.epochs):
