@@ -35,6 +35,12 @@ class RayNode:
     raylet: int
     """Its process id."""
 
+    @property
+    def is_alive(self) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return is_alive(psutil.Process(self.raylet))
+        return False
+
     def kill(self) -> list[psutil.Process]:
         """SIGKILL to the raylet and everything it started, as when the machine loses power. Returns what was killed."""
         raylet = psutil.Process(self.raylet)
@@ -48,12 +54,12 @@ class RayNode:
 def wait_for_the_end(processes: Sequence[psutil.Process], seconds: float) -> None:
     """Of all of them; whether somebody has asked how they ended is the same."""
     deadline = time.monotonic() + seconds
-    while alive := [process for process in processes if _is_alive(process)]:
+    while alive := [process for process in processes if is_alive(process)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.02)
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -10,8 +10,8 @@ import pytest
 import orchestrator
 
 NAMES = [
-    "Checkpoints", "OrchestratorError", "Run", "RunStopped", "SweepResult", "TrainCallback", "TuneCallback", "UserError",
-    "load_checkpoint", "metrics", "open_catalog", "start_run", "sweep",
+    "Checkpoints", "OrchestratorError", "Run", "RunStopped", "SweepResult", "TrainCallback", "TuneCallback",
+    "UserError", "load_checkpoint", "metrics", "open_catalog", "start_run", "sweep",
 ]  # fmt: skip
 
 

@@ -24,6 +24,8 @@ class Points:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._has_manifest = False
+        self._raylet = str(os.getppid())
+        """Of this process's start: one whose raylet died first stays where it is."""
 
     def of_slab(self, name: str) -> None:
         """Before a store that others see."""
@@ -55,7 +57,7 @@ class Points:
 
     def _is_meant(self, point: str) -> bool:
         try:
-            return (self._directory / point).read_text() == str(os.getppid())
+            return (self._directory / point).read_text() == self._raylet
         except FileNotFoundError:
             return False
 
