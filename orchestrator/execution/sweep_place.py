@@ -452,7 +452,9 @@ class SweepPlace:
         except Exception:
             logger.debug("no live values", exc_info=True)
             live = {}
-        position = (live.get("step"), live.get("points"), json.dumps(live.get("metrics", {}), default=str))
+        # The sampler goes on whatever the training does, so neither its values nor how many points came say anything.
+        own = {key: value for key, value in live.get("metrics", {}).items() if not key.startswith("system/")}
+        position = (live.get("step"), json.dumps(own, default=str))
         if not live or position != running.position:
             running.position, running.moved = position, now
         if sweep.trial_minutes and now - running.began > 60 * sweep.trial_minutes:
