@@ -21,7 +21,7 @@ from orchestrator.config.settings import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.seeding import derive
 from orchestrator.sweeps.grammar import same, token
-from orchestrator.sweeps.search import Heard
+from orchestrator.sweeps.search import Heard, inputs_of
 from orchestrator.sweeps.space import Dimension, Kind, Space
 from orchestrator.sweeps.values import Past, Rebuilt, Suggestion, Told
 from orchestrator.sweeps.warm import TOLD
@@ -150,14 +150,7 @@ class TuneSearcher:
         return self._suggestion(number, values, "random", _REFUSALS + retry)
 
     def _suggestion(self, number: int, values: Mapping[str, Any], origin: str, retry: int) -> Suggestion:
-        inputs = {
-            "seed": self._seed,
-            "number": number,
-            "retry": retry,
-            "space": self._space.hash,
-            "n_told": self._heard.count,
-            "told": self._heard.digest,
-        }
+        inputs = inputs_of(self._space, self._seed, number, retry, self._heard)
         return Suggestion(values=values, origin=origin, inputs=inputs)
 
     def _tell(

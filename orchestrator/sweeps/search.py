@@ -111,7 +111,7 @@ class RandomSearcher:
             return None
         place = turn % len(self._grid)
         values, retry = self._space.drawn(self._seed, number, self._grid[place])
-        inputs = _inputs(self._space, self._seed, number, retry, self._heard)
+        inputs = inputs_of(self._space, self._seed, number, retry, self._heard)
         return Suggestion(values=values, origin="random", inputs={**inputs, "grid": place})
 
     def told(
@@ -188,7 +188,7 @@ class PointsFirst:
         if number >= len(self._points):
             return self._rest.suggest(number)
         values, retry = self._space.drawn(self._seed, number, self._points[number], keep=True)
-        inputs = _inputs(self._space, self._seed, number, retry, self._heard)
+        inputs = inputs_of(self._space, self._seed, number, retry, self._heard)
         return Suggestion(values=values, origin=self._origin, inputs={**inputs, "point": dict(self._points[number])})
 
     def told(
@@ -285,7 +285,8 @@ def check_name(name: str) -> None:
         raise ConfigError("sweep.searcher", name, "there is no such searcher.", near)
 
 
-def _inputs(space: Space, seed: int, number: int, retry: int, heard: Heard) -> dict[str, Any]:
+def inputs_of(space: Space, seed: int, number: int, retry: int, heard: Heard) -> dict[str, Any]:
+    """All that a suggestion was made from."""
     return {
         "seed": seed,
         "number": number,
