@@ -387,7 +387,7 @@ class BudgetConfig:
     money: float = bounded(0.0, minimum=0)
     """By `sweep.prices`."""
     kwh: float = bounded(0.0, minimum=0)
-    """As far as the GPUs say what they use."""
+    """Refused for now: nobody measures what a sweep's jobs use."""
     warn: float = bounded(0.8, minimum=0, maximum=1)
     """At this share of a limit there is one warning."""
 
@@ -432,9 +432,7 @@ class SweepConfig:
     searcher_args: dict[str, Any] = field(default_factory=dict)
     """For `optuna` and `tune:NAME`: what the sampler or search is made with."""
     scheduler: str = "fifo"
-    """fifo, asha, median, pbt, or tune:NAME for one of Ray Tune's."""
-    scheduler_args: dict[str, Any] = field(default_factory=dict)
-    """For `tune:NAME`: what it is made with."""
+    """fifo, asha, median or pbt."""
     asha: AshaConfig = field(default_factory=AshaConfig)
     median: MedianConfig = field(default_factory=MedianConfig)
     pbt: PbtConfig = field(default_factory=PbtConfig)

@@ -31,7 +31,7 @@ from orchestrator.config.settings import SweepConfig
 from orchestrator.config.typed import dump
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
-from orchestrator.errors import OrchestratorError, ServiceUnavailable, SweepTaken, UserError
+from orchestrator.errors import ConfigError, OrchestratorError, ServiceUnavailable, SweepTaken, UserError
 from orchestrator.execution.driver import write_config
 from orchestrator.execution.local import Locally
 from orchestrator.execution.place import Place, Tracker
@@ -496,6 +496,9 @@ class SweepPlace:
 def outlook_of(template: Template, space: Space, capacity: ClusterCapacity | None, place: str) -> Outlook:
     """Raises ConfigError for what cannot be."""
     settings = template.base.settings
+    if settings.sweep.budget.kwh:
+        why = "would limit nothing: the energy of a sweep is not measured."
+        raise ConfigError("sweep.budget.kwh", settings.sweep.budget.kwh, why, "Use sweep.budget.gpu_hours or hours.")
     scheduler = scheduler_for(settings.sweep, space)
     survives = {scheduler.name: scheduler.survives}
     library = None

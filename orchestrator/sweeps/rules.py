@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.config.names import did_you_mean
 from orchestrator.config.settings import Resource, Score, SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.asha import AshaScheduler, milestones
@@ -31,9 +32,8 @@ def scheduler_for(settings: SweepConfig, space: Space) -> Scheduler:
             return MedianStopping()
         case "pbt":
             return PopulationScheduler(space)
-    raise ConfigError(
-        "sweep.scheduler", settings.scheduler, "there is no such scheduler.", f"There are {', '.join(NAMES)}."
-    )
+    near = did_you_mean(settings.scheduler, NAMES) or f"There are {', '.join(NAMES)}."
+    raise ConfigError("sweep.scheduler", settings.scheduler, "there is no such scheduler.", near)
 
 
 def rules_for(settings: SweepConfig, *, samples: int, seed: int, params: Mapping[str, Any]) -> Settings:

@@ -116,6 +116,8 @@ def test_a_dry_run_starts_nothing_and_refuses_what_could_never_run(
         (["lr=uniform(1,0)"], "lr"),
         (["sweep.scheduler=asha"], "sweep.asha.max"),
         (["sweep.searcher=rndom"], "random"),
+        (["sweep.scheduler=ashaa"], "asha"),
+        (["sweep.budget.kwh=1"], "is not measured"),
     ):
         assert main.main([*words, *wrong]) == 2, wrong
         assert named in capsys.readouterr().err
