@@ -145,6 +145,18 @@ class BadMetric(UserError, ValueError):
         return f"metric {self.key!r}: {self.why}"
 
 
+class RunFailed(OrchestratorError):
+    """User code says that the run has failed, and of what: raised by `run.fail`. `failure_kind` is one of
+    `failures.rules.FailureKind`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.failure_kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class CheckpointError(OrchestratorError):
     """Base of errors about stored checkpoints."""
 

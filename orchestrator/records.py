@@ -237,6 +237,9 @@ class RunSpec:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     parent: str = ""
     sweep: str = ""
+    alerts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Rules, and whom to tell, see alerts/plan.py; {}: the default rules, told in the log. Holds addresses, which are
+    secrets, until the tracker has put them away; the database never gets them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,8 @@ class TrialRow:
     """Sample standard deviation over the repeats."""
     n: int = 0
     scores: Mapping[str, Any] = field(default_factory=dict)
-    """{"rungs": [[rung, resource, score, n], …], "objectives": {metric: value}}"""
+    """{"rungs": [[rung, resource, score, n], …], "objectives": {metric: value}, "clones": [[rung, the trial whose
+    checkpoint it took over there, that one's rung], …]}; clones only where there are any."""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     """{"run", "name"} of the newest one of repeat 0."""
     reason: str = ""

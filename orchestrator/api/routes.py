@@ -84,6 +84,8 @@ def application(home: Path, database_url: str, version: str, redis_url: str = ""
         "/sweep": questions.sweep,
         **{f"/sweeps/{{sweep}}/{what}": questions.of_sweep(what) for what in OF_SWEEP},
         "/sweeps/{sweep}/requests": questions.sweep_requests,
+        "/alerts": questions.alerts,
+        "/notifications": questions.notifications,
         "/sink_lags": questions.sink_lags,
         f"{run}/logs": questions.logs,
         f"{run}/logs/{{attempt:int}}": questions.log_sources,
@@ -244,6 +246,13 @@ class Questions:
 
     def sweep_requests(self, request: Request) -> Response:
         return _rows(self._asked().sweep_requests(request.path_params["sweep"]))
+
+    def alerts(self, request: Request) -> Response:
+        only_firing = bool(_number(request, "only_firing", 1))
+        return _rows(self._asked().alerts(request.query_params.get("run"), only_firing=only_firing))
+
+    def notifications(self, request: Request) -> Response:
+        return _rows(self._asked().notifications(request.query_params.get("run")))
 
     def sink_lags(self, request: Request) -> Response:
         return _rows(self._asked().sink_lags(request.query_params.get("run")))

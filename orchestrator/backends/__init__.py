@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orchestrator.alert_records import Notice
     from orchestrator.backends.mlflow import MlflowSink
     from orchestrator.backends.redis import LiveRedis
     from orchestrator.backends.tensorboard import TensorboardSink
@@ -40,3 +41,10 @@ def open_live(url: str) -> LiveRedis:
     from orchestrator.backends.redis import LiveRedis
 
     return LiveRedis(url)
+
+
+def send_notice(kind: str, options: Mapping[str, Any], notice: Notice) -> None:
+    """Tells Slack, a webhook, PagerDuty or a mail server, once. Raises alert_records.NotSent."""
+    from orchestrator.backends.notifiers import send
+
+    send(kind, options, notice)

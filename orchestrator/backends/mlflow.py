@@ -56,6 +56,8 @@ MAX_NAME = 250
 MAX_PARAM = 6000
 MAX_TAG = 8000
 MAX_ARTIFACT_TAGS = 500
+_FAILURE = ("kind", "what", "where", "why", "done", "log")
+"""Tags `orc.failure.…` of a run that failed."""
 MAX_DIGEST = 36
 MAX_FILES = 100
 """So many artifacts of a run are copied, the newest; all are listed in `orc/artifacts.json` (up to `MAX_LISTED`)."""
@@ -141,6 +143,7 @@ class MlflowSink:
             "orc.status": run.status.value,
             "orc.reason": run.reason,
             "orc.error": run.error,
+            **{f"orc.failure.{name}": run.failure.get(name, "") for name in _FAILURE},
             "orc.config_hash": run.config_hash,
             "orc.directory": run.directory,
             "orc.job": run.job,
@@ -160,7 +163,11 @@ class MlflowSink:
         links = {f"orc.artifact.{name}": uri for name, uri in list(newest.items())[-MAX_ARTIFACT_TAGS:]}
         links |= {f"orc.dataset.{_dataset_key(one)}": one.fingerprint or one.uri for one in run.datasets}
         # The next attempt must be able to take back a reason or an error; the rest is left out while empty.
-        stays = {"orc.reason", "orc.error"} if run.attempt > 1 or run.attempt_of else set()
+        stays = (
+            {"orc.reason", "orc.error", *(f"orc.failure.{name}" for name in _FAILURE)}
+            if run.attempt > 1 or run.attempt_of
+            else set()
+        )
         named = {**run.tags, **links, **{name: text for name, text in ours.items() if text or name in stays}}
         return {mlflow_name(name): _clean(str(text), MAX_TAG) for name, text in named.items()}
 

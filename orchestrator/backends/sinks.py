@@ -97,6 +97,8 @@ class RunFacts:
     reason: str = ""
     error: str = ""
     """One line; empty unless it failed."""
+    failure: Mapping[str, str] = field(default_factory=dict)
+    """The same as what, where, why, done and log, as far as they are known."""
     attempt: int = 1
     start_ms: int = 0
     end_ms: int | None = None

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+from orchestrator.alert_records import AlertRow, NotificationRow
 from orchestrator.catalog.headline import AUTOMATIC, FIRST_WORDS
 from orchestrator.catalog.live import LiveAnswers
 from orchestrator.catalog.logs import StoredLogs
@@ -149,6 +150,12 @@ class DatabaseCatalog:
     def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
         """Not a question, so no other catalog has it: see `Store.ask_sweep`."""
         return self._store.ask_sweep(sweep, kind, details, user)
+
+    def alerts(self, run: str | None = None, *, only_firing: bool = True) -> list[AlertRow]:
+        return list(self._store.alerts(None if run is None else [run], only_firing=only_firing))
+
+    def notifications(self, run: str | None = None) -> list[NotificationRow]:
+        return list(self._store.notifications(run))
 
     def sink_lags(self, run: str | None = None) -> list[SinkLag]:
         return self._store.sink_lags(run)

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from orchestrator.alert_records import AlertRow, NotificationRow
     from orchestrator.live_records import LiveRun
     from orchestrator.status import RunStatus
     from orchestrator.store.views import (
@@ -155,6 +156,14 @@ class Catalog(Protocol):
 
     def sweep_requests(self, sweep: str) -> list[RequestRow]:
         """Oldest first, answered ones too."""
+        ...
+
+    def alerts(self, run: str | None = None, *, only_firing: bool = True) -> list[AlertRow]:
+        """Newest first, at most a thousand; of one run or of all."""
+        ...
+
+    def notifications(self, run: str | None = None) -> list[NotificationRow]:
+        """What waits to be sent or could not be, newest first, at most a thousand."""
         ...
 
     def sink_lags(self, run: str | None = None) -> list[SinkLag]:

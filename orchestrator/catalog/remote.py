@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from orchestrator import live_records
+from orchestrator.alert_records import AlertRow, NotificationRow
 from orchestrator.catalog import wire
 from orchestrator.catalog.logs import path as log_path
 from orchestrator.catalog.questions import LONGEST_WAIT
@@ -237,6 +238,12 @@ class HttpCatalog:
                 break
             after = number(page[-1])
         return found
+
+    def alerts(self, run: str | None = None, *, only_firing: bool = True) -> list[AlertRow]:
+        return self._rows(AlertRow, "alerts", ("run", run), ("only_firing", int(only_firing)))
+
+    def notifications(self, run: str | None = None) -> list[NotificationRow]:
+        return self._rows(NotificationRow, "notifications", ("run", run))
 
     def sink_lags(self, run: str | None = None) -> list[SinkLag]:
         return self._rows(SinkLag, "sink_lags", ("run", run))

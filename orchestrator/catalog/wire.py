@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator import errors, live_records, sweep_records
+from orchestrator import alert_records, errors, live_records, sweep_records
 from orchestrator.status import RunStatus
 from orchestrator.store import views
 
@@ -59,6 +59,7 @@ ROWS = (
     sweep_records.JobRow,
     sweep_records.DecisionRow,
     sweep_records.RequestRow,
+    *alert_records.ROWS,
 )
 
 

@@ -417,8 +417,10 @@ class CheckpointEngine:
                 mine.abandon()
                 self._make_plan(mine, uri)
                 continue
-            if lowest >= _DIRECT:
-                mine.is_agreed_direct = lowest == _DIRECT
+            if lowest == _READY:
+                return mine
+            if lowest == _DIRECT:
+                self._go_direct(mine)
                 return mine
             mine.abandon()
             if lowest == _REFUSED:
@@ -426,6 +428,14 @@ class CheckpointEngine:
             if must:
                 raise SaveFailed(uri, f"there was no room to put it within {self._policy.wait:g} s")
             return None
+
+    def _go_direct(self, mine: _Attempted) -> None:
+        """All ranks or none: one that waits for the rest must not depend on the writer that another one found."""
+        mine.is_agreed_direct = True
+        planned = self._plan_for(mine)
+        if planned is not None and mine.reservation is not None and not mine.reservation.is_direct:
+            mine.abandon()
+            mine.reservation = DirectStager(self._storage).reserve(planned.layout, planned.heads, patience=0.0)
 
     def _captured(
         self, state: TrainState, kind: str, rank_state: Mapping[str, Any], progress: Mapping[str, Any]

@@ -32,9 +32,40 @@ def show(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def validate(arguments: argparse.Namespace, output: Output) -> int:
+    """Of a configuration that searches, the plan of the sweep is shown, too."""
+    if _is_sweep(arguments):
+        return _validate_sweep(arguments, output)
     job = composed(arguments)
     document = {"valid": True, "train": job.train, "hash": job.hash, "params": job.params}
     output.result(document, lambda: output.line(f"valid: {job.train}, config {job.hash[:12]}"))
+    return 0
+
+
+def _is_sweep(arguments: argparse.Namespace) -> bool:
+    """Whether `orc sweep` would find something to search in it: on the command line, or in the files that it names."""
+    from orchestrator.config.composition import draft
+    from orchestrator.sweeps.template import is_searched
+
+    if any(is_searched(word) for word in arguments.overrides):
+        return True
+    if arguments.base:  # of a stored configuration the sweep section is not taken over
+        return False
+    return bool(draft(arguments.overrides, config_dir=_directory(arguments.config_dir)).space)
+
+
+def _validate_sweep(arguments: argparse.Namespace, output: Output) -> int:
+    """Without asking a cluster how much room it has; `orc sweep --dry-run` does."""
+    from orchestrator.cli import sweep, sweep_plan
+
+    made, plan = sweep.planned(arguments, ask_cluster=False)
+    job = made.base
+    document = {"valid": True, "train": job.train, "hash": job.hash, "params": job.params}
+
+    def render() -> None:
+        output.line(f"valid: a sweep of {job.train}")
+        sweep_plan.render(plan, output)
+
+    output.result({**document, "sweep": sweep_plan.document(plan)}, render)
     return 0
 
 

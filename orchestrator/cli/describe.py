@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.catalog.headline import is_automatic, main_key
@@ -87,13 +87,19 @@ class Story:
     """The newest ones, oldest first."""
     links: Mapping[str, str]
     """Where to look further: name -> address."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Of the newest attempt, with what is recorded elsewhere; empty: all that there is stands in `attempts`."""
+    recorded_with: RunDetail | None = None
+    """The run that has its source and packages; None: itself."""
 
     def document(self, now: float) -> dict[str, Any]:
         return text.jsonable(
             {
                 **run_document(self.run, None, now),
+                "failure": dict(five_lines(self.run.error)) if self.run.error else None,
                 "metric": None if (metric := main_metric(self.summaries)) is None else metric.key,
                 "attempts": self.attempts,
+                "recorded_with": self.recorded_with.run if self.recorded_with else None,
                 "params": {row.name: row.value for row in self.params},
                 "summaries": [summary_document(row) for row in self.summaries],
                 "checkpoints": self.checkpoints,
@@ -116,7 +122,9 @@ class Story:
 
     def render(self, output: Output, now: float) -> None:
         run = self.run
-        provenance = self.attempts[-1].provenance if self.attempts else {}
+        provenance, other = self.provenance, self.recorded_with
+        if not provenance and self.attempts:
+            provenance = self.attempts[-1].provenance
         output.line(f"{run.name}  {run.status}", style="bold")
         output.fields(
             [
@@ -135,6 +143,7 @@ class Story:
                 ("config", run.config_hash[:12]),
                 ("code", code_line(provenance)),
                 ("fingerprint", fingerprint_line(provenance)),
+                ("recorded", f"source and packages with sweep {other.name} ({other.run})" if other else ""),
             ]
         )
         if run.error and (run.status is not RunStatus.finished):

@@ -9,7 +9,7 @@ import math
 import os
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import config
@@ -18,6 +18,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.catalog.headline import is_automatic
 from orchestrator.cli import describe, text
 from orchestrator.cli.access import asked_catalog
+from orchestrator.cli.origin import whole_provenance
 from orchestrator.cli.output import Output
 from orchestrator.errors import UserError
 from orchestrator.provenance import archive, difference, summary
@@ -38,6 +39,8 @@ class Side:
     attempt: AttemptRow | None
     """None of a run that has not started yet."""
     metrics: Mapping[str, float]
+    source_of: RunDetail | None = None
+    """The run whose directory has its source archive; None: its own."""
 
     @property
     def number(self) -> int:
@@ -93,7 +96,11 @@ def side(catalog: Catalog, reference: str) -> Side:
     else:
         found = {row.key: catalog.points(run.run, row.key, rank=row.rank, attempt=chosen).values for row in rows}
         metrics = {key: float(values[-1]) for key, values in found.items() if len(values)}
-    return Side(run=run, attempt=attempts.get(chosen or newest), metrics=metrics)
+    attempt, other = attempts.get(chosen or newest), None
+    if attempt is not None:
+        provenance, other = whole_provenance(catalog, attempt)
+        attempt = replace(attempt, provenance=provenance)
+    return Side(run=run, attempt=attempt, metrics=metrics, source_of=other)
 
 
 def compare(a: Side, b: Side, *, with_code: bool) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def files(a: Side, b: Side, *, with_code: bool) -> dict[str, Any]:
     if a.provenance["source"].get("sha256") == b.provenance["source"].get("sha256"):
         return {"added": [], "removed": [], "changed": []}
     try:
-        places = [Storage(s.run.directory) for s in (a, b)]
+        places = [Storage((s.source_of or s.run).directory) for s in (a, b)]
         seen = []
         for place, name in zip(places, names, strict=True):
             with place.open_input(name) as source:

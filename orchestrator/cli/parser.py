@@ -246,6 +246,20 @@ def _watch(parser: argparse.ArgumentParser) -> None:
     _api(parser)
 
 
+def _alerts_ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help=f"{RUN}; default: all")
+    parser.add_argument("--all", "-a", action="store_true", help="also those that are over")
+    _api(parser)
+
+
+def _alerts_test(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", metavar="NOTIFIER|key=value", nargs="*",
+        help="log, slack, webhook, pagerduty, email (default: all that the configuration names), and overrides",
+    )  # fmt: skip
+    parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own configs, searched before ours")
+
+
 def _cancel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN)
 
@@ -595,6 +609,21 @@ VERBS: tuple[Verb, ...] = (
         target="watch:watch",
         define=_watch,
         epilog="--json prints one line for each change. Exit codes: 0 the run finished, 1 it ended otherwise.",
+    ),
+    Verb(
+        name="alerts ls",
+        topic=LOOKING,
+        summary="alerts that fire now, and notifications that could not be sent",
+        target="alerts:ls",
+        define=_alerts_ls,
+    ),
+    Verb(
+        name="alerts test",
+        topic=LOOKING,
+        summary="send a test message through notifiers, now and from here",
+        target="alerts:test",
+        define=_alerts_test,
+        epilog="example: orc alerts test slack. Exit codes: 0 all were told, 1 some were not.",
     ),
     Verb(name="logs", topic=LOOKING, summary="what a run's processes printed", target="logs:logs", define=_logs),
     Verb(

@@ -9,6 +9,7 @@ from orchestrator.account import user_name
 from orchestrator.catalog import open_store
 from orchestrator.cli import describe, text
 from orchestrator.cli.access import asked_catalog, ray_dashboard
+from orchestrator.cli.origin import whole_provenance
 from orchestrator.cli.output import Output
 from orchestrator.cli.parser import UsageError
 from orchestrator.errors import ServiceUnavailable, UserError
@@ -50,9 +51,13 @@ def ls(arguments: argparse.Namespace, output: Output) -> int:
 def show(arguments: argparse.Namespace, output: Output) -> int:
     with asked_catalog(arguments) as catalog:
         run = catalog.run(arguments.run)
+        attempts = catalog.attempts(run.run)
+        provenance, other = whole_provenance(catalog, attempts[-1]) if attempts else ({}, None)
         story = describe.Story(
             run=run,
-            attempts=catalog.attempts(run.run),
+            attempts=attempts,
+            provenance=provenance,
+            recorded_with=other,
             params=catalog.params(run.run),
             summaries=catalog.summaries(run.run),
             checkpoints=catalog.checkpoints(run.run),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.account import user_name
 from orchestrator.catalog import open_catalog, open_store
-from orchestrator.cli import sweep_display, sweep_plan, text
+from orchestrator.cli import sweep_display, sweep_plan, sweep_show, text
 from orchestrator.cli.output import Output
 from orchestrator.cli.sweep_control import is_gone, settings_of
 from orchestrator.cli.train import exit_code
@@ -22,26 +22,39 @@ from orchestrator.sweeps.space import Space
 from orchestrator.sweeps.template import Template, template
 
 if TYPE_CHECKING:
+    from orchestrator.config import ClusterCapacity, Settings
     from orchestrator.execution.driver import Outcome
     from orchestrator.execution.sweep_plan import Outlook
     from orchestrator.store.views import SweepDetail
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
+    if arguments.dry_run:
+        _, plan = planned(arguments, name=arguments.name)
+        output.result(sweep_plan.document(plan), lambda: sweep_plan.render(plan, output))
+        return 0
+    made, space = _composed(arguments, arguments.name)
+    return _swept(made, space, arguments, output, new_run=arguments.run_id)
+
+
+def planned(
+    arguments: argparse.Namespace, *, name: str | None = None, ask_cluster: bool = True
+) -> tuple[Template, Outlook]:
+    """What a sweep would do, without a run. Raises ConfigError for what could never be."""
+    made, space = _composed(arguments, name)
+    return made, _outlook(made, space, arguments, ask_cluster=ask_cluster)
+
+
+def _composed(arguments: argparse.Namespace, name: str | None) -> tuple[Template, Space]:
     overrides = list(arguments.overrides)
-    if arguments.name:
-        overrides.append(f"run.name={json.dumps(arguments.name, ensure_ascii=False)}")
+    if name:
+        overrides.append(f"run.name={json.dumps(name, ensure_ascii=False)}")
     base = None
     if arguments.base:
         with open_catalog(arguments.home) as catalog:
             base = catalog.run(arguments.base).config
     directory = Path(arguments.config_dir) if arguments.config_dir else None
-    made, space = template(overrides, config_dir=directory, base=base)
-    if arguments.dry_run:
-        plan = _outlook(made, space, arguments)
-        output.result(sweep_plan.document(plan), lambda: sweep_plan.render(plan, output))
-        return 0
-    return _swept(made, space, arguments, output, new_run=arguments.run_id)
+    return template(overrides, config_dir=directory, base=base)
 
 
 def resume(arguments: argparse.Namespace, output: Output) -> int:
@@ -51,6 +64,12 @@ def resume(arguments: argparse.Namespace, output: Output) -> int:
         parent = catalog.run(sweep.sweep)
     check_over(sweep)
     wishes = {**settings_of(arguments.overrides)}
+    made, space = template((), base=parent.config, keeps_sweep=True)
+    if wishes.get("budget.kwh"):
+        from orchestrator.execution.sweep_plan import refuse_energy, unmeasured
+
+        capacity, _, monitoring = _there_is(made.base.settings, arguments)
+        refuse_energy(wishes["budget.kwh"], unmeasured(made.base.settings, capacity, monitoring))
     if arguments.failed or wishes:
         with open_store(arguments.home) as store:
             if arguments.failed:
@@ -60,9 +79,10 @@ def resume(arguments: argparse.Namespace, output: Output) -> int:
     elif sweep.status is RunStatus.finished and not _has_requests(arguments, sweep):
         hint = f"Give it more to do: `orc sweep extend {sweep.name} +20`, or `orc sweep resume --failed`."
         raise UserError(f"Sweep {sweep.name} is FINISHED: there is nothing left to resume. {hint}")
-    made, space = template((), base=parent.config, keeps_sweep=True)
+    with open_catalog(arguments.home) as catalog:
+        so_far = sweep_show.so_far(catalog, sweep)
     after = 0 if sweep.status.is_terminal else parent.attempt
-    return _swept(made, space, arguments, output, run=sweep.sweep, after_attempt=after)
+    return _swept(made, space, arguments, output, run=sweep.sweep, after_attempt=after, so_far=so_far)
 
 
 def check_over(sweep: SweepDetail) -> None:
@@ -78,16 +98,29 @@ def _has_requests(arguments: argparse.Namespace, sweep: SweepDetail) -> bool:
         return any(request.done_at is None for request in catalog.sweep_requests(sweep.sweep))
 
 
-def _outlook(made: Template, space: Space, arguments: argparse.Namespace) -> Outlook:
+def _outlook(made: Template, space: Space, arguments: argparse.Namespace, *, ask_cluster: bool) -> Outlook:
     """Without a run, and without starting anything. Raises ConfigError for what could never run."""
     from orchestrator.config import check_resources
-    from orchestrator.execution import choice
     from orchestrator.execution.earlier import warm_start
     from orchestrator.execution.sweep_place import outlook_of
+    from orchestrator.execution.sweep_plan import refuse_energy, unmeasured
+
+    warm = warm_start(made, space, arguments.home)
+    settings = made.base.settings
+    capacity, place, monitoring = _there_is(settings, arguments) if ask_cluster else (None, "ray", 1.0)
+    if capacity is not None:
+        check_resources(settings, capacity)
+    refuse_energy(settings.sweep.budget.kwh, unmeasured(settings, capacity, monitoring))
+    return outlook_of(made, space, capacity, place, warm)
+
+
+def _there_is(settings: Settings, arguments: argparse.Namespace) -> tuple[ClusterCapacity | None, str, float]:
+    """What the sweep would run on (None: no cluster is there to be asked), where, and seconds between two samples of
+    its machines."""
+    from orchestrator.execution import choice
     from orchestrator.stack import Stack
 
-    warm_start(made, space, arguments.home)
-    settings, stack = made.base.settings, Stack.find(arguments.home)
+    stack = Stack.find(arguments.home)
     is_job = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
     capacity, place = None, "ray"
     if choice.is_local(settings, stack, asked=arguments.local, is_job=is_job):
@@ -104,9 +137,7 @@ def _outlook(made: Template, space: Space, arguments: argparse.Namespace) -> Out
             capacity = capacity_of(opened.resources())
         finally:
             opened.close()
-    if capacity is not None:
-        check_resources(settings, capacity)
-    return outlook_of(made, space, capacity, place)
+    return capacity, place, stack.monitoring if stack else 1.0
 
 
 def _swept(
@@ -118,6 +149,7 @@ def _swept(
     run: str = "",
     new_run: str = "",
     after_attempt: int = 0,
+    so_far: sweep_plan.SoFar | None = None,
 ) -> int:
     from orchestrator.execution import choice, sweep_api  # after the config is known to be right: it imports ray
 
@@ -126,11 +158,9 @@ def _swept(
         job.settings, arguments.home, local=arguments.local, warn=lambda line: output.message(f"orc: {line}")
     )
     stream = output.stderr if output.as_json else output.stdout
-    plans: list[Outlook] = []
 
     def announce(plan: Outlook) -> None:
-        plans.append(plan)
-        stream.write("\n".join(sweep_plan.lines(plan)) + "\n")
+        stream.write("\n".join(sweep_plan.lines(plan, so_far)) + "\n")
         stream.flush()
 
     display: _Late = _Late(lambda: sweep_display.display(stream))

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ from orchestrator.account import user_name
 from orchestrator.catalog import open_catalog, open_store
 from orchestrator.cli import runs
 from orchestrator.cli.output import Output
+from orchestrator.cli.sweep_show import so_far
 from orchestrator.errors import UserError
 
 WAIT = 5.0
@@ -68,6 +70,11 @@ def _ask(arguments: argparse.Namespace, output: Output, kind: str, details: Mapp
         request = store.ask_sweep(sweep.sweep, kind, details, user_name())
     answer = _answer(arguments, sweep.sweep, request) if is_driven else ""
     document = {"sweep": sweep.sweep, "request": request, "kind": kind, "details": dict(details), "answer": answer}
+    rest = None
+    if kind == "extend" and not answer.startswith("refused"):
+        with open_catalog(arguments.home) as catalog:
+            rest = so_far(catalog, catalog.sweep(sweep.sweep)).left
+        document["left"] = asdict(rest) if rest else None
 
     def render() -> None:
         if answer:
@@ -76,6 +83,8 @@ def _ask(arguments: argparse.Namespace, output: Output, kind: str, details: Mapp
             output.line(f"asked; sweep {sweep.name} has not answered yet, `orc sweep show` tells")
         else:
             output.line(f"noted; it is done when sweep {sweep.name} goes on: orc sweep resume {sweep.name}")
+        if rest:
+            output.line(f"left  {rest}")
 
     output.result(document, render)
     return 1 if answer.startswith("refused") else 0

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from orchestrator.cli import progress, text
 from orchestrator.cli.progress import Ending, View
 from orchestrator.sweep_records import TrialRow
-from orchestrator.sweeps.summary import SweepView, ended_line, lines
+from orchestrator.sweeps.summary import OVER, SweepView, ended_line, left, lines
 
 if TYPE_CHECKING:
     from orchestrator.records import RunTicket
-
-OVER = ("complete", "stopped", "failed", "cancelled")
 
 
 class SweepDisplay(Protocol):
@@ -38,6 +36,8 @@ class LineSweep:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._told: dict[int, tuple[object, ...]] | None = None
+        self._is_planned: bool | None = None
+        """Whether it was said what the sweep takes; of one that goes on the plan says so."""
 
     def started(self, ticket: RunTicket) -> None:
         self._write(f"sweep {ticket.name} ({ticket.run}), experiment {ticket.experiment}, attempt {ticket.attempt}")
@@ -58,6 +58,10 @@ class LineSweep:
             if ends != self._told.get(trial.number, (0, "")) and any(ends):
                 self._write(ended_line(view, trial))
         self._told = known
+        rest = left(view)
+        if rest and self._is_planned is False:
+            self._write(f"left: {rest}")
+        self._is_planned = rest is not None or self._is_planned or False
 
     def finished(self, outcome: Ending) -> None:
         self._write(ending(outcome))

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import text
 from orchestrator.cli.output import Output
+from orchestrator.sweeps.summary import Left
 
 if TYPE_CHECKING:
     from orchestrator.execution.sweep_plan import Outlook
 
 INDENT = "  "
+UNKNOWN = "unknown until a trial has run"
 
 
-def document(plan: Outlook) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoFar:
+    """What there is already of a sweep that goes on."""
+
+    words: str
+    left: Left | None = None
+
+
+def document(plan: Outlook, so_far: SoFar | None = None) -> dict[str, Any]:
     return {
         "experiment": plan.experiment,
         "searcher": plan.searcher,
         "scheduler": plan.scheduler,
         "trials": plan.trials,
+        "points": plan.points,
+        "warm_points": plan.warm.points,
+        "warm_results": plan.warm.told,
         "seeds": plan.seeds,
         "space": dict(plan.dimensions),
         "constraints": list(plan.constraints),
@@ -33,6 +47,7 @@ def document(plan: Outlook) -> dict[str, Any]:
         "objectives": [list(each) for each in plan.objectives],
         "budget": dict(plan.budget),
         "survives": dict(plan.survives),
+        "left": asdict(so_far.left) if so_far and so_far.left else None,
     }
 
 
@@ -41,7 +56,7 @@ def render(plan: Outlook, output: Output) -> None:
         output.line(line)
 
 
-def lines(plan: Outlook) -> list[str]:
+def lines(plan: Outlook, so_far: SoFar | None = None) -> list[str]:
     """The first says what; the others have a name each, with the values under each other."""
     fields = [
         *((key, words) for key, words in plan.dimensions),
@@ -50,7 +65,9 @@ def lines(plan: Outlook) -> list[str]:
         ("rungs", _rungs(plan)),
         ("objective", _objective(plan.objectives)),
         ("budget", ", ".join(f"{amount:g} {_word(name)}" for name, amount in plan.budget.items()) or "none"),
-        ("time", "unknown until a trial has run"),
+        ("warm", _warm(plan)),
+        ("so far", so_far.words if so_far else ""),
+        ("left" if so_far and so_far.left else "time", str(so_far.left) if so_far and so_far.left else UNKNOWN),
         ("restart", "keeps of " + "; of ".join(f"{name} {what}" for name, what in plan.survives.items())),
     ]
     shown = [(name, value) for name, value in fields if value]
@@ -65,11 +82,25 @@ def _trials(plan: Outlook) -> str:
     drawn = plan.trials - plan.points
     if plan.grid > 1 and drawn > 0 and drawn % plan.grid == 0:
         parts.append(f"{drawn // plan.grid} × {plan.grid} of the grid")
-    if plan.points:
-        parts.append(f"{plan.points} of them given")
+    if given := plan.points - plan.warm.points:
+        parts.append(f"{given} of them given")
+    if plan.warm.points:
+        parts.append(f"{plan.warm.points} of them from earlier runs")
     if plan.seeds > 1:
         parts.append(f"each with {plan.seeds} seeds")
     return ", ".join(parts)
+
+
+def _warm(plan: Outlook) -> str:
+    """What comes of `sweep.warm_start`; '' where there is none."""
+    warm, parts = plan.warm, []
+    if warm.told:
+        parts.append(f"{plan.searcher} begins with {warm.told} earlier results")
+    if warm.points:
+        parts.append(f"the best {warm.points} of {len(warm.known)} earlier results are tried again")
+    if warm.left_out:
+        parts.append("left out: " + ", ".join(f"{count} ({why})" for why, count in warm.left_out.items()))
+    return ";  ".join(parts)
 
 
 def _workers(plan: Outlook) -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.catalog.questions import Catalog
-from orchestrator.cli import text
+from orchestrator.cli import terminal, text
 from orchestrator.cli.access import asked_catalog
 from orchestrator.cli.output import Output
+from orchestrator.cli.sweep_plan import SoFar
+from orchestrator.cli.sweep_screen import SweepScreen
+from orchestrator.config.settings import PricesConfig
 from orchestrator.errors import UserError
 from orchestrator.sweep_records import TrialRow
-from orchestrator.sweeps.summary import SweepView, best_of, ended_line, lines, to_json
+from orchestrator.sweeps.budget import Gang, Work
+from orchestrator.sweeps.space import Space
+from orchestrator.sweeps.summary import OVER, SweepView, best_of, ended_line, left, lines, to_json
 
 if TYPE_CHECKING:
     from orchestrator.store.views import SweepDetail
@@ -42,33 +49,55 @@ def show(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def watch(arguments: argparse.Namespace, output: Output) -> int:
-    """Redrawn on a terminal, else a line for each trial that came further. Ends with the sweep."""
+    """Redrawn on a terminal, else a line for each trial that came further, with `--json` a document for each look. Ends
+    with the sweep, and says how that ended."""
+    is_drawn = output.is_rich and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+    screen = SweepScreen(output) if is_drawn and not arguments.once else None
+    try:
+        sweep = _watched(arguments, output, screen)
+    finally:
+        if screen is not None:
+            screen.close()
+    output.has_result = True
+    is_over = sweep.status.is_terminal
+    if is_over and not output.as_json:
+        why = f": {sweep.reason}" if sweep.reason else ""
+        output.line(f"sweep {sweep.name} {sweep.status.value}{why}")
+        output.stdout.flush()
+    return 0 if sweep.status.value == "FINISHED" or not is_over else 1
+
+
+def _watched(arguments: argparse.Namespace, output: Output, screen: SweepScreen | None) -> SweepDetail:
+    """How the sweep stands after the last look. Ten thousand trials take a while to read: a look that took t seconds is
+    followed by a pause of at least five times that."""
     told: dict[int, Any] = {}
-    drawn = 0
     while True:
+        began = time.monotonic()
         with asked_catalog(arguments) as catalog:
             sweep = catalog.sweep(arguments.sweep)
             view = view_of(catalog, sweep)
         arguments.sweep = sweep.sweep  # `last` may become another one
-        is_over = sweep.status.is_terminal
         if output.as_json:
             output.stdout.write(json.dumps(text.jsonable(document(sweep, view)), allow_nan=False) + "\n")
             output.stdout.flush()
-        elif output.is_rich:
-            if drawn:
-                output.stdout.write(f"\x1b[{drawn}F\x1b[J")
-            shown = picture(sweep, view, arguments.trials, _width(output))
-            drawn = len(shown)
-            output.stdout.write("\n".join(shown) + "\n")
-            output.stdout.flush()
+        elif screen is not None:
+            screen.show(partial(_fitting, sweep, view, arguments.trials))
+        elif output.is_rich or arguments.once:
+            for line in picture(sweep, view, arguments.trials, _width(output)):
+                output.line(line)
         else:
             _tell_new(view, told, output)
-        if is_over or arguments.once:
-            output.has_result = True
-            if not output.is_rich and not output.as_json:
-                output.line(picture(sweep, view, 0, 400)[0])
-            return 0 if sweep.status.value == "FINISHED" or not is_over else 1
-        time.sleep(max(arguments.interval, 0.2))
+        if sweep.status.is_terminal or arguments.once:
+            return sweep
+        time.sleep(max(arguments.interval, 0.2, 5 * (time.monotonic() - began)))
+
+
+def _fitting(sweep: SweepDetail, view: SweepView, most: int, columns: int, height: int) -> list[str]:
+    """The picture with as many trials as there is room for."""
+    found = picture(sweep, view, most, columns)
+    if len(found) > height:
+        found = picture(sweep, view, max(most - (len(found) - height) - 1, 1), columns)
+    return found[:height]
 
 
 def best(arguments: argparse.Namespace, output: Output) -> int:
@@ -154,10 +183,9 @@ def trials(arguments: argparse.Namespace, output: Output) -> int:
 def verify(arguments: argparse.Namespace, output: Output) -> int:
     from orchestrator.config import Settings
     from orchestrator.config.typed import build
+    from orchestrator.execution.sweep_place import scheduler_named
     from orchestrator.sweeps.replay import verify_stored
-    from orchestrator.sweeps.rules import scheduler_for
     from orchestrator.sweeps.search import searcher_for
-    from orchestrator.sweeps.space import Space
     from orchestrator.sweeps.state import Decision, Kind
 
     with asked_catalog(arguments) as catalog:
@@ -173,7 +201,7 @@ def verify(arguments: argparse.Namespace, output: Output) -> int:
         Decision(seq=row.seq, kind=Kind(row.kind), trial=row.trial, job=row.job, inputs=row.inputs, outcome=row.outcome)
         for row in decisions
     ]
-    found = verify_stored(sweep.facts, stored, scheduler_for(settings, space), judges=judges, searcher=searcher)
+    found = verify_stored(sweep.facts, stored, scheduler_named(settings, space), judges=judges, searcher=searcher)
     kinds = Counter(decision.kind for decision in decisions)
     told = {"sweep": sweep.sweep, "decisions": len(decisions), "kinds": dict(kinds)}
 
@@ -196,6 +224,8 @@ def view_of(catalog: Catalog, sweep: SweepDetail) -> SweepView:
     rows = catalog.trials(sweep.sweep)
     rules = sweep.facts.get("current") or sweep.facts.get("rules") or {}
     asha = rules.get("asha") or {}
+    population, held = rules.get("population") or {}, sweep.facts.get("work") or {}
+    prices = PricesConfig(**(sweep.settings.get("prices") or {}))
     running = [job for job in jobs if job.ended_at is None and not sweep.status.is_terminal]
     return SweepView(
         sweep=sweep.sweep,
@@ -206,21 +236,48 @@ def view_of(catalog: Catalog, sweep: SweepDetail) -> SweepView:
         samples=int(rules.get("samples", len(rows))),
         milestones=tuple(asha.get("milestones", ())),
         reduction=int(asha.get("reduction", 0)),
+        ends_at=float(population.get("max", 0)),
         seq=sweep.decisions - 1,
         trials=tuple(rows),
         jobs=tuple(running),
         keys=tuple(dict.fromkeys(key for trial in rows for key in trial.values)),
         spent=sweep.spent,
-        currency=str((sweep.settings.get("prices") or {}).get("currency", "")),
+        currency=prices.currency,
+        work=Work(
+            gang=Gang(cpus=held["cpus"], gpus=held["gpus"]),
+            at_once=int(held["at_once"]),
+            lane_seconds=sum(job.lane_seconds for job in jobs),
+            prices=prices,
+        )
+        if held
+        else None,
         failures=dict(Counter(str(job.error.get("kind", "error")) for job in jobs if job.status == "failed")),
         reason=sweep.reason if sweep.status.is_terminal else "",
     )
 
 
+def so_far(catalog: Catalog, sweep: SweepDetail) -> SoFar:
+    """What there is of it, and what is left with all that it was asked to do besides and has not begun."""
+    view = view_of(catalog, sweep)
+    more = sum(
+        int(row.details.get("samples") or 0)
+        for row in catalog.sweep_requests(sweep.sweep)
+        if row.done_at is None and row.kind == "extend"
+    )
+    if more:
+        view = replace(view, samples=view.samples + more * max(len(Space.from_json(sweep.space).grid()), 1))
+    over = sum(trial.status in OVER for trial in view.trials)
+    gpu, cpu = (float(sweep.spent.get(name, 0.0)) for name in ("gpu_hours", "cpu_hours"))
+    spent = f"{gpu:.2f} GPU-hours" if gpu else f"{cpu:.2f} CPU-hours"
+    return SoFar(words=f"{over} of {view.samples} trials are over, {spent}", left=left(view))
+
+
 def picture(sweep: SweepDetail, view: SweepView, shown: int, width: int) -> list[str]:
-    found = lines(view, width=width, shown=shown)
+    head, *rest = lines(view, width=width, shown=shown)
     took = text.duration((sweep.ended if sweep.ended is not None else time.time()) - sweep.created)
-    return [f"{found[0]}  {sweep.status.value}  {took}".rstrip(), *found[1:]]
+    tail = f"  {sweep.status.value}  {took}".rstrip()
+    room = width - len(tail)
+    return [(head if len(head) <= room else head[: room - 1] + "…") + tail, *rest]
 
 
 def document(sweep: SweepDetail, view: SweepView) -> dict[str, Any]:
@@ -274,4 +331,4 @@ def _tell_new(view: SweepView, told: dict[int, Any], output: Output) -> None:
 
 
 def _width(output: Output) -> int:
-    return shutil.get_terminal_size((120, 40)).columns if output.is_rich else 400
+    return terminal.width(output.stdout, os.environ) - 1 if output.is_rich else 400

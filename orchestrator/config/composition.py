@@ -56,7 +56,7 @@ ROOT = "orc_root"
 """What Hydra calls the root configuration, conf/orc.yaml, when we compose it."""
 
 _OUR_KEYS = schema_keys(Settings)
-_LATER = ("sweep.", "stopping.")
+_LATER = ("sweep.", "stopping.", "alerts.")
 """Sections whose keys (samples, points, patience, target …) are good names for keys of a user's, too."""
 _ENV = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z_]\w*)")
 _PLACEHOLDER = re.compile(r"\$\{oc\.env:[A-Za-z_]\w*\}")
@@ -781,7 +781,11 @@ def _checked(
     environment = _environment_secrets(raw)
     everything = {**ours.plain, **user}
     resolved = _stored(everything, raw, environment)
+    rules = resolved["alerts"]["rules"]  # they name notifiers, no addresses
+    resolved["alerts"] = {**_without_addresses(resolved["alerts"]), "rules": rules}
+    resolved["notify"] = _without_addresses(resolved["notify"])
     hidden = _hidden_values(everything, resolved)
+    hidden |= _addresses([everything["notify"], {**everything["alerts"], "rules": {}}])
     resolved = _without_copies(resolved, hidden)
     secrets = {*environment, *hidden}
     secrets |= {
@@ -892,6 +896,26 @@ def _without_copies(value: Any, hidden: set[str]) -> Any:
     if isinstance(value, list):
         return [_without_copies(item, hidden) for item in value]
     return redact_text(value, hidden) if isinstance(value, str) and hidden else value
+
+
+def _without_addresses(value: Any) -> Any:
+    """Whoever knows the URL of a webhook may post to it."""
+    if isinstance(value, Mapping):
+        return {name: _without_addresses(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_addresses(item) for item in value]
+    return HIDDEN if _is_address(value) else value
+
+
+def _addresses(value: Any) -> set[str]:
+    return {text for text in _texts(value) if _is_address(text)}
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and "://" in value and value not in _PUBLIC_ADDRESSES
+
+
+_PUBLIC_ADDRESSES = frozenset({Settings().alerts.pagerduty.url})
 
 
 def _hidden_values(values: Mapping[str, Any], stored: Mapping[str, Any]) -> set[str]:

@@ -52,6 +52,15 @@ def load_function(reference: str) -> Callable[..., Any]:
     return found
 
 
+def load_class(key: str, value: str, reference: str) -> Any:
+    """What `module:Class` names, where the key's value says so. Raises ConfigError."""
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module before the colon
+        raise ConfigError(key, value, f"cannot be imported: {error}.") from error
+
+
 def config_schema(function: Callable[..., Any]) -> type | None:
     """The dataclass that the function's second parameter is annotated with; None if it takes any configuration."""
     parameters = _parameters(function)

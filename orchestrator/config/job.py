@@ -38,10 +38,14 @@ class Job:
         return flatten({name: value for name, value in self.resolved.items() if name not in OURS})
 
 
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""libyaml's where it is there: a sweep writes a configuration per trial."""
+
+
 def render(job: Job, format: str = "yaml") -> str:
     """The resolved configuration as text; `format` is yaml or json."""
     if format == "json":
         return json.dumps(job.resolved, indent=2, allow_nan=False)
     if format == "yaml":
-        return yaml.safe_dump(job.resolved, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(job.resolved, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=120)
     raise ConfigError("format", format, "must be one of yaml, json.")

@@ -22,8 +22,11 @@ MIN_SEARCHED_CHARACTERS = 4
 
 _SECRET_ANYWHERE = re.compile(
     r"password|passwd|passphrase|secret|credential|api_?key|access_?key|private_?key|signing_?key|encryption_?key|auth_?key"
+    r"|webhook_?url|routing_?key|integration_?key"
 )
-_SECRET_LAST = {"pwd", "auth", "bearer"}
+_SECRET_LAST = {"pwd", "auth", "bearer", "webhook"}
+_SECTIONS = {"webhook"}
+"""`webhook: https://…` is a secret, `webhook: {url: …, on: failure}` has one inside."""
 _SECRET_WHOLE = {"pass", "pgpass", "db_pass", "key_pass"}
 _TEXT_TOKENS = {
     *("pad", "bos", "eos", "unk", "mask", "cls", "sep", "start", "end", "stop", "special", "image", "audio", "video"),
@@ -75,7 +78,7 @@ def redact(values: Mapping[str, Any], secrets: Iterable[str] = ()) -> dict[str, 
 
 def redact_value(key: str, value: Any, secrets: Iterable[str] = ()) -> Any:
     """The value as it may be shown under that key."""
-    if looks_secret(key):
+    if looks_secret(key) and not (key in _SECTIONS and isinstance(value, Mapping)):
         return _hide_all(value, numbers=not key.lower().endswith("token"))
     if isinstance(value, Mapping):
         return redact(value, secrets)

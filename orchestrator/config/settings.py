@@ -84,6 +84,17 @@ class CheckpointMode(StrEnum):
     """Written before training goes on."""
 
 
+class Guarded(StrEnum):
+    """What follows when a training goes wrong."""
+
+    off = "off"
+    """It is not watched for."""
+    warn = "warn"
+    """An event says so."""
+    fail = "fail"
+    """The attempt fails, without saving what went wrong."""
+
+
 class Resume(StrEnum):
     """What the same command does when it is given again."""
 
@@ -289,9 +300,44 @@ class FailuresConfig:
     """What happens when training dies."""
 
     max_restarts: int = bounded(0, minimum=-1)
-    """Further attempts after a failure; -1: without limit."""
+    """Further attempts after failures that a restart may mend; -1: without limit."""
+    max_preemptions: int = bounded(-1, minimum=-1)
+    """Further attempts after preemptions and lost nodes, which do not count as restarts; -1: without limit."""
+    max_halvings: int = bounded(5, minimum=-1)
+    """Further attempts after memory ran out, each with micro-batches of half the size and the same global batch. Only
+    for train functions that use `run.accumulate`; -1: down to one sample."""
+    max_repeats: int = bounded(2, minimum=0)
+    """The same failure at the same step so often ends the run, whatever is left of its restarts; 0: never."""
+    max_fruitless: int = bounded(10, minimum=0)
+    """So many failures in a row of attempts that came no further than those before end the run; 0: never."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Further attempts after one kind of failure, instead of the above. Example: {storage: 5, data_error: 1}."""
+    backoff: float = bounded(1.0, minimum=0, maximum=3600)
+    """Seconds before a restart, half of it random; twice as long after each attempt that came no further."""
+    backoff_max: float = bounded(60.0, minimum=0, maximum=86400)
+    """The longest such pause."""
+    collective_timeout: float = bounded(1800.0, above=0)
+    """Seconds that ranks wait for each other; three times as long in the attempt after it was too short."""
+    nan: Guarded = Guarded.warn
+    """When a reported loss, or the gradients, are NaN or infinite."""
+    divergence: Guarded = Guarded.warn
+    """When the mean of the last 5 reported losses is more than twice that of the 5 before, or the gradients explode."""
+    memory_growth: bool = True
+    """Say so when the memory in use grows steadily from report to report."""
+    losses: list[str] = field(default_factory=list)
+    """Keys of reported metrics that are losses. Empty: those with `loss` or `perplexity` in their names."""
+    gradients_every: int = bounded(50, minimum=0)
+    """Optimizer steps between two looks at the norm of the gradients; 0: none."""
+    patterns: list[Any] = field(default_factory=list)
+    """What your own messages and log lines mean, before our rules: `match` is a regular expression, `kind` what kind of
+    failure that is. Example: [{match: "filer-\\d+ is away", kind: storage, hint: "Ask the filer's owner."}]."""
     grace: float = bounded(20.0, minimum=0, maximum=3600)
     """Seconds that the ranks have to reach their next `report` after a request to stop."""
+
+    def __post_init__(self) -> None:
+        for kind, limit in self.limits.items():
+            if limit < -1:
+                raise ConfigError(f"failures.limits.{kind}", limit, "must be at least -1.", "-1 means without limit.")
 
 
 @dataclass(kw_only=True)
@@ -387,7 +433,7 @@ class BudgetConfig:
     money: float = bounded(0.0, minimum=0)
     """By `sweep.prices`."""
     kwh: float = bounded(0.0, minimum=0)
-    """Refused for now: nobody measures what a sweep's jobs use."""
+    """Of the GPUs of its trials, as their machines' samplers measure it; refused where none does."""
     warn: float = bounded(0.8, minimum=0, maximum=1)
     """At this share of a limit there is one warning."""
 
@@ -432,7 +478,10 @@ class SweepConfig:
     searcher_args: dict[str, Any] = field(default_factory=dict)
     """For `optuna` and `tune:NAME`: what the sampler or search is made with."""
     scheduler: str = "fifo"
-    """fifo, asha, median or pbt."""
+    """fifo, asha, median or pbt, or tune:NAME for one of Ray Tune's: hyperband, pb2, …, or module:Class."""
+    scheduler_args: dict[str, Any] = field(default_factory=dict)
+    """For `tune:NAME`: what the scheduler is made with. `every`: units of the resource between two results that it
+    hears, where nobody can know which of them it waits for."""
     asha: AshaConfig = field(default_factory=AshaConfig)
     median: MedianConfig = field(default_factory=MedianConfig)
     pbt: PbtConfig = field(default_factory=PbtConfig)
@@ -511,6 +560,81 @@ class ProvenanceConfig:
 
 
 @dataclass(kw_only=True)
+class SlackConfig:
+    """An incoming webhook of Slack, or of what speaks like it."""
+
+    webhook: str = field(default="", repr=False)
+    """Its URL. Empty: what ORC_SLACK_WEBHOOK holds."""
+    channel: str = ""
+    """Only older webhooks may choose one."""
+
+
+@dataclass(kw_only=True)
+class WebhookConfig:
+    """Any server that takes JSON."""
+
+    url: str = field(default="", repr=False)
+    """Empty: what ORC_WEBHOOK_URL holds."""
+    token: str = field(default="", repr=False)
+    """Sent as `Authorization: Bearer`. Empty: what ORC_WEBHOOK_TOKEN holds, if anything."""
+
+
+@dataclass(kw_only=True)
+class PagerdutyConfig:
+    """A service of PagerDuty, through its Events API v2."""
+
+    routing_key: str = field(default="", repr=False)
+    """The integration's key. Empty: what ORC_PAGERDUTY_ROUTING_KEY holds."""
+    url: str = field(default="https://events.pagerduty.com/v2/enqueue", repr=False)
+
+
+class Encryption(StrEnum):
+    """How a mail server is spoken to."""
+
+    auto = "auto"
+    """Encrypted where the server offers it; a password is never sent in clear."""
+    starttls = "starttls"
+    """Encrypted after the greeting, or not at all."""
+    tls = "tls"
+    """Encrypted from the beginning, usually on port 465."""
+    none = "none"
+
+
+@dataclass(kw_only=True)
+class EmailConfig:
+    """A mail server (SMTP) and who gets mail through it."""
+
+    host: str = ""
+    port: int = bounded(587, minimum=1, maximum=65535)
+    encryption: Encryption = Encryption.auto
+    user: str = ""
+    """Empty: without a login."""
+    password: str = field(default="", repr=False)
+    """Empty: what ORC_SMTP_PASSWORD holds."""
+    sender: str = ""
+    """Empty: `orc@` and the name of the tracker's host."""
+    to: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class AlertsConfig:
+    """What is watched while a run goes on, and who is told of it. Each alert is an event of the run as well."""
+
+    enabled: bool = True
+    defaults: bool = True
+    """Also the rules that every run has: memory, disk, CPU and GPU."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """name -> {metric or event, when, clear, for, cooldown, level, notify, message}, or false for one of the defaults;
+    see orchestrator/alerts/README.md. Example: {high: {metric: train/loss, when: "> 5", for: 3}}."""
+    notify: list[Any] = field(default_factory=lambda: ["log"])
+    """Who is told of alerts whose rule does not say it: log, slack, webhook, pagerduty, email."""
+    slack: SlackConfig = field(default_factory=SlackConfig)
+    webhook: WebhookConfig = field(default_factory=WebhookConfig)
+    pagerduty: PagerdutyConfig = field(default_factory=PagerdutyConfig)
+    email: EmailConfig = field(default_factory=EmailConfig)
+
+
+@dataclass(kw_only=True)
 class Settings:
     """All keys of ours. Everything else in a configuration belongs to the user's train function."""
 
@@ -531,6 +655,10 @@ class Settings:
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     stopping: StopConfig = field(default_factory=StopConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    notify: list[Any] = field(default_factory=list)
+    """Who is told when the run or sweep ends: names of notifiers, or {NAME: ADDRESS}, or {NAME: {on: failure, …}}.
+    Example: [slack, {webhook: "${oc.env:TEAM_WEBHOOK}"}, {email: {to: [me@example.org], on: failure}}]."""
     preset: dict[str, bool] = field(default_factory=dict)
     """Names of the presets that were applied. Only a record: choose them with `preset=NAME` or `preset=[A,B]`."""
     environment: str = "local"
@@ -550,7 +678,16 @@ NOT_WORK = (
     *("checkpoints.max_gb", "checkpoints.wait", "checkpoints.mode", "checkpoints.window_mb", "checkpoints.quota_gb"),
     *("checkpoints.on_exception", "checkpoints.full_every_epochs"),
     *("storage", "database", "mlflow", "tensorboard", "ray", "redis", "provenance", "submit", "sweep"),
-    *("preset", "environment"),
+    *(
+        "failures.max_preemptions",
+        "failures.max_halvings",
+        "failures.max_repeats",
+        "failures.max_fruitless",
+        "failures.limits",
+    ),
+    *("failures.backoff", "failures.backoff_max", "failures.patterns", "failures.nan", "failures.divergence"),
+    *("failures.memory_growth", "failures.losses", "failures.gradients_every", "failures.collective_timeout"),
+    *("alerts", "notify", "preset", "environment"),
 )
 """Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash. A trial of
 a sweep is the same work as a run by itself."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.execution.worker import DONE, ENDED, PAUSED, STOPPED
-from orchestrator.failures.classify import MENDED_BY_RESTART, Evidence, first_cause, is_echo
+from orchestrator.failures.classify import Evidence, first_cause, is_echo
 from orchestrator.sweeps.jobs import Ended, Ending
 
 JOB, NOTHING, LEAVE = "job", "nothing", "leave"
@@ -412,9 +412,9 @@ def ending_of(
     return Ending(
         how=Ended.failed,
         error=finding.error(),
-        kind=finding.kind.value,
+        kind=str(finding.kind),
         reason=finding.reason,
-        is_restart_useful=finding.kind in MENDED_BY_RESTART,
+        is_restart_useful=finding.is_restart_useful,
     )
 
 

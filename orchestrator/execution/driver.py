@@ -24,21 +24,27 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.account import user_name
+from orchestrator.alerts.plan import planned
 from orchestrator.config import (
+    FailuresConfig,
     Job,
     Resume,
     redact_text,
     render,
 )
+from orchestrator.config.settings import Guarded
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
 from orchestrator.errors import RunIsActive, ServiceUnavailable, UserError
 from orchestrator.execution.on_ray import OnRay
 from orchestrator.execution.place import Place, Tracker
 from orchestrator.execution.ray_names import job_metadata
-from orchestrator.execution.run_logs import driver_log, structured
+from orchestrator.execution.run_logs import driver_log, structured, with_log
 from orchestrator.execution.worker import STOPPED, Plan, Returned, copy_to_storage, local_directory, log_path
-from orchestrator.failures.classify import Decision, Evidence, RanksFailed, after, first_cause
+from orchestrator.failures.classify import Evidence, FailureKind, RanksFailed, first_cause
+from orchestrator.failures.explain import five_lines, headline
+from orchestrator.failures.policy import Abilities, Action, Decision, Failure, Rules, decide, draw_of
+from orchestrator.failures.rules import patterns_of
 from orchestrator.provenance.record import record
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
@@ -52,6 +58,8 @@ PATIENCE = 120.0
 """Seconds in which a restart finds the tracker again: it may have been on what the attempt before was lost with."""
 PAUSE = 1.0
 """Seconds between two tries to begin a restart."""
+HEARING = 2.0
+"""Seconds between two looks, before a restart, whether somebody has called it off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,37 +160,54 @@ def train(
     # The id is chosen here, so that the Ray job can carry it from its first moment.
     new_run = new_run or run_id(time.time())
     spec = replace(spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt)
+    rules = Rules.of(asdict(job.settings.failures))
+    patterns_of(job.settings.failures.patterns)  # a mistake in them is told before anything is started
+    if around:  # what a sweep loses with its driver is for `orc sweep resume`; its trials are restarted by the sweep
+        rules = replace(rules, max_preemptions=rules.max_restarts)
     progress.phase("connecting")
     place = open_place(stack) if open_place else OnRay(stack, job_metadata(spec))
     try:
         spec = replace(spec, job=place.job)
         place = around(place, stack, spec) if around else place
         place.check(job.settings)
-        return _attempts(job, stack, place, spec, progress)
+        return _attempts(job, stack, place, spec, progress, rules)
     finally:
         place.close()
 
 
-def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Progress) -> Outcome:
-    """Attempts of one run, until one ends in a way that another would not mend, or the restarts are used up."""
-    restarts, most = 0, job.settings.failures.max_restarts
+def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Progress, rules: Rules) -> Outcome:
+    """Attempts of one run, until one ends in a way that another would not mend, or its budget is used up."""
+    history: tuple[Failure, ...] = ()
+    changes: Mapping[str, Any] = {}
     # Before a run is open: from then on its lease runs, and nobody renews it until the attempt begins.
     spools = _asked(stack, place.tracker.describe)["spool_directory"]
     while True:
-        decide = functools.partial(after, restarts=restarts, most=most)
-        ticket = _opened(stack, place.tracker, spec, patience=PATIENCE + spec.lease if restarts else 0.0)
-        attempt = _Attempt(job, stack, place, ticket, spools, progress, decide)
+        ticket = _opened(stack, place.tracker, spec, patience=PATIENCE + spec.lease if history else 0.0)
+        draw = draw_of(ticket.run, ticket.attempt)
+        follow = functools.partial(decide, history=history, rules=rules, draw=draw)
+        attempt = _Attempt(job, stack, place, ticket, spools, progress, follow, changes)
         progress.started(ticket)
         outcome = attempt.run()
-        if attempt.is_asked_to_stop or not decide(outcome.status, outcome.error).is_restart:
+        if attempt.failure is None or not attempt.decision.is_restart or attempt.is_asked_to_stop:
             return outcome
-        pause = min(2.0**restarts, 60.0)
-        restarts += 1
-        progress.phase(f"restarting in {pause:.0f} s ({restarts} of {_limit(most)})")
-        time.sleep(pause)
-        if _is_to_end(place.tracker, outcome):
+        history = (*history, attempt.failure)
+        changes = {**changes, **attempt.decision.changes}
+        progress.phase(f"restarting in {attempt.decision.after:.1f} s (attempt {outcome.attempt + 1})")
+        if _is_called_off(place.tracker, outcome, attempt.decision.after):
             return outcome
         spec = replace(spec, run=outcome.run, after_attempt=outcome.attempt)
+
+
+def _is_called_off(tracker: Tracker, outcome: Outcome, pause: float) -> bool:
+    """Waits before a restart. True as soon as somebody does not want it any more, by a signal or by cancelling."""
+    heard: list[int] = []
+    slices = max(math.ceil(pause / HEARING), 1)
+    with _signals(heard.append):
+        for _ in range(slices):
+            time.sleep(pause / slices)
+            if heard or _is_to_end(tracker, outcome):
+                return True
+    return False
 
 
 def _is_to_end(tracker: Tracker, outcome: Outcome) -> bool:
@@ -221,11 +246,12 @@ def _asked(stack: Stack, question: Callable[[], Any]) -> Any:
         raise ServiceUnavailable("the tracker", stack.ray_address or stack.home, f"{error}.", hint) from error
 
 
-def _limit(most: int) -> str:
-    return "any number" if most < 0 else str(most)
+class Follow(Protocol):
+    """What follows a failed attempt."""
+
+    def __call__(self, failure: Failure, *, can: Abilities) -> Decision: ...
 
 
-Decide = Callable[[RunStatus, Mapping[str, Any]], Decision]
 Ending = tuple[RunStatus, str, Mapping[str, Any]]
 """(status, reason, error)"""
 
@@ -234,10 +260,18 @@ class _Attempt:
     """The life of one attempt in the driver."""
 
     def __init__(
-        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, spools: str, progress: Progress, decide: Decide
-    ) -> None:
+        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, spools: str, progress: Progress, follow: Follow,
+        changes: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         self._job, self._stack, self._place, self._ticket, self._progress = job, stack, place, ticket, progress
-        self._decide = decide
+        self._follow = follow
+        self._splits = int(changes.get("splits", 1))
+        self._collective_timeout = float(changes.get("timeout", job.settings.failures.collective_timeout))
+        self.failure: Failure | None = None
+        """Once it has ended so."""
+        self.decision = Decision()
+        """What follows."""
+        self._patterns = patterns_of(job.settings.failures.patterns)
         self._tracker = place.tracker
         self._started = time.monotonic()
         self._signal = ""
@@ -275,7 +309,12 @@ class _Attempt:
 
     def _failed(self, words: str, problem: Exception) -> Ending:
         message = redact_text(str(problem), self._job.secrets)
-        return RunStatus.failed, f"{words}{message}", {"type": type(problem).__name__, "message": message}
+        error = {"type": type(problem).__name__, "message": message, "rank": -1}
+        return (
+            RunStatus.failed,
+            f"{words}{message}",
+            error if not words else {**error, "kind": FailureKind.our_bug.value},
+        )
 
     def _logged(self) -> Ending:
         """The attempt, with what the driver logs in a file of the run's directory."""
@@ -336,13 +375,19 @@ class _Attempt:
             return RunStatus.finished, str(returned.tally.get("reason", "")), {}
         if self._stop_since is not None:
             return RunStatus.cancelled, self._stop_reason(), {}
-        finding = first_cause(_evidence(fit.error, self._job.secrets))
+        evidence = [
+            with_log(each, log_path(self._ticket, each.rank)) for each in _evidence(fit.error, self._job.secrets)
+        ]
+        finding = first_cause(evidence, patterns=self._patterns, world_size=self._job.settings.resources.workers)
         return finding.status, finding.reason, finding.error()
 
     def _finish(self, status: RunStatus, reason: str, error: Mapping[str, Any]) -> Outcome:
         self._progress.phase("saving the record")
         error = self._explained(status, error)
-        self._fact(FactKind.status, {"status": status.value, "reason": reason, "error": dict(error) or None})
+        said: dict[str, Any] = {"status": status.value, "reason": reason, "error": dict(error) or None}
+        if self.decision.is_restart and not self.is_asked_to_stop:
+            said["restarts"] = True  # who is told of failures need not be told of this one
+        self._fact(FactKind.status, said)
         if not self._facts.wait_committed(0.5 if self._abort else FLUSH):
             logger.warning(
                 "the record is not in PostgreSQL yet; it will be as soon as the tracker and the database answer"
@@ -375,10 +420,29 @@ class _Attempt:
             return error
         rank = error.get("rank", -1)
         step = error.get("step")
+        live = self._live()
         if step is None and rank >= 0:
-            step = self._live().get("step")
-        done = self._decide(status, error).words
-        return {**error, "step": step, "done": done, "log": str(log_path(self._ticket, rank))}
+            step = live.get("step")
+        self.failure = Failure.of(status, {**error, "step": step})
+        self.decision = self._follow(self.failure, can=self._abilities(live))
+        if self.decision.is_restart and self.is_asked_to_stop:
+            self.decision = Decision(words="not restarted: it was asked to stop")
+        if self.decision.words:
+            details = {"kind": self.failure.kind, **self.decision.to_json()}
+            told = {"kind": "policy", "level": "warning", "message": self.decision.words, "details": details}
+            self._fact(FactKind.event, {**told, "step": step})
+        explained = {**error, "step": step, "done": self.decision.words, "log": str(log_path(self._ticket, rank))}
+        if status is not RunStatus.cancelled:
+            details = {"kind": str(error.get("kind") or "unknown"), **dict(five_lines(explained))}
+            told = {"kind": "failure", "level": "error", "message": headline(explained), "details": details}
+            self._fact(FactKind.event, {**told, "step": step})
+        return explained
+
+    def _abilities(self, live: Mapping[str, Any]) -> Abilities:
+        """What can be done besides trying again, by what the run has told of itself."""
+        told = live.get("metrics", {}).get("perf/micro_batch", {})
+        actions = {Action.longer, *([Action.halve] if float(told.get("value", 0)) >= 2 else [])}
+        return Abilities(actions=frozenset(actions), splits=self._splits, timeout=self._collective_timeout)
 
     def _identify(self, status: RunStatus, reason: str = "") -> None:
         """Says in the run's directory which run this is and how it stands, for who reads it without a database."""
@@ -412,6 +476,9 @@ class _Attempt:
             perf=settings.tracking.perf,
             debug=tuple(settings.tracking.debug),
             judge={"stopping": asdict(settings.stopping)},
+            collective_timeout=self._collective_timeout,
+            splits=self._splits,
+            watch=_watch(settings.failures),
         )
 
     def _beat(self) -> None:
@@ -537,7 +604,19 @@ def spec_of(job: Job, stack: Stack) -> RunSpec:
         seed=run.seed,
         lease=job.settings.tracking.lease,
         resume=run.resume is Resume.auto,
+        alerts=planned(job.settings.alerts, job.settings.notify, os.environ),
     )
+
+
+def _watch(settings: FailuresConfig) -> dict[str, Any]:
+    """The plan's part for the guards, see `training.watching.Watch`."""
+    rules = {"finite": settings.nan, "divergence": settings.divergence, "gradients": settings.divergence}
+    warns = [rule for rule, what in rules.items() if what is Guarded.warn]
+    fails = [rule for rule, what in rules.items() if what is Guarded.fail]
+    return {
+        "warns": [*warns, "memory"] if settings.memory_growth else warns,
+        "fails": fails, "losses": list(settings.losses), "every": settings.gradients_every,
+    }  # fmt: skip
 
 
 def _working_directory() -> list[str]:

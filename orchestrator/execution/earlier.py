@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.records import RunStatus
 from orchestrator.store.views import SummaryRow
 from orchestrator.sweeps.space import Space
 from orchestrator.sweeps.template import Template
-from orchestrator.sweeps.warm import Earlier, Warm, warm, warmed
+from orchestrator.sweeps.warm import TOLD, Earlier, Warm, warm, warmed
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,13 @@ def warm_start(made: Template, space: Space, home: Path | None) -> Warm:
         objectives = [(settings.checkpoints.best_metric, settings.checkpoints.best_direction)]
     with open_catalog(home) as catalog:
         found = warm(earlier(catalog, sweep.warm_start, objectives, sweep.score), space, objectives)
-    made.settle(warmed(sweep, found))
+    after = warmed(sweep, found)
+    made.settle(after)
+    found = replace(
+        found,
+        points=len(after.points) - len(sweep.points),
+        told=len(after.searcher_args.get(TOLD, ())) - len(sweep.searcher_args.get(TOLD, ())),
+    )
     left_out = ", ".join(f"{count} ({why})" for why, count in found.left_out.items())
     logger.info("%d earlier results are known; left out: %s", len(found.known), left_out or "none")
     return found

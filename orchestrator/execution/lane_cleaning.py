@@ -62,6 +62,9 @@ class Cleaning:
         self._environment = dict(os.environ)
         self._directory = os.getcwd()
         self._modules = frozenset(sys.modules)
+        self._roots: tuple[str, ...] = ()
+        self._libraries: dict[str, Any] = {}
+        """What jobs imported and does not lie in `_roots`: found out once, a thousand paths take a while to look up."""
         self._limits = {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS}
         self._signals = {number: signal.getsignal(number) for number in signal.valid_signals()}
         self._loggers = {name: _logger_state(each) for name, each in _loggers()}
@@ -84,6 +87,8 @@ class Cleaning:
         self._forget_modules(code_paths)
         why.append(self._put_back())
         gc.collect()
+        if self._memory is None:
+            gc.freeze()  # the libraries that the first job imported: they stay as well
         why.append(self._wait_for_threads())
         _give_memory_back()
         why += [self._look_at_groups(), self._look_at_memory(), self._look_at_gpu()]
@@ -127,9 +132,11 @@ class Cleaning:
         roots = tuple(
             os.path.join(os.path.realpath(path), "") for path in (*code_paths, *_working_directories()) if path
         )
+        if roots != self._roots:
+            self._roots, self._libraries = roots, {}
         doomed = [
             name for name, module in list(sys.modules.items())
-            if name not in self._modules and _is_users(name, module, roots)
+            if name not in self._modules and self._libraries.get(name) is not module and _is_users(name, module, roots)
         ]  # fmt: skip
         for name in doomed:
             del sys.modules[name]
@@ -141,6 +148,7 @@ class Cleaning:
                 own = logging.getLogger(name)
                 own.handlers.clear()
                 own.setLevel(logging.NOTSET)
+        self._libraries = {name: module for name, module in sys.modules.items() if name not in self._modules}
         importlib.invalidate_caches()
 
     def _end_children(self) -> str:

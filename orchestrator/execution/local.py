@@ -24,6 +24,7 @@ from orchestrator.checkpoints.local.places import slab_root
 from orchestrator.config import ClusterCapacity, NodeCapacity, Settings, check_resources, redact_text
 from orchestrator.execution.connection import check_stack
 from orchestrator.execution.place import Tracker
+from orchestrator.execution.run_logs import LOG_LINES
 from orchestrator.execution.worker import Plan, Returned
 from orchestrator.failures.classify import Evidence, RanksFailed
 from orchestrator.records import RunTicket
@@ -147,7 +148,10 @@ class _Rank:
         else:
             last = words.splitlines()[-1] if words else "it said nothing"
             what, kind = f"the process ended with exit code {code}: {last}", "WorkerExited"
-        return Evidence(rank=self.number, type=kind, message=what, host=socket.gethostname(), at=time.time())
+        return Evidence(
+            rank=self.number, type=kind, message=what, host=socket.gethostname(), at=time.time(), exit_code=code,
+            log="\n".join(words.splitlines()[-LOG_LINES:]),
+        )  # fmt: skip
 
     def _read(self, stream: IO[bytes]) -> None:
         with stream, contextlib.suppress(OSError, ValueError):

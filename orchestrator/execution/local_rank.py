@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import faulthandler
 import json
 import os
 import signal
@@ -20,7 +21,6 @@ from orchestrator.failures.classify import Evidence, RankFailed
 
 _PR_SET_PDEATHSIG = 1
 RENDEZVOUS = datetime.timedelta(minutes=5)
-COLLECTIVE = datetime.timedelta(minutes=30)
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--listener", type=int)
     arguments = parser.parse_args()
     die_with(arguments.parent)
+    faulthandler.enable()  # a crash in native code leaves the Python lines among its last words
     plan = plan_from_json(sys.stdin.read())
     rank = int(os.environ["RANK"])
     try:
@@ -67,7 +68,8 @@ def _train(plan: Plan, rank: int, told: argparse.Namespace) -> Returned:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=listener is not None,
         timeout=RENDEZVOUS, **({} if listener is None else {"master_listen_fd": listener}),
     )  # fmt: skip
-    dist.init_process_group(told.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE)
+    patience = datetime.timedelta(seconds=plan.collective_timeout)
+    dist.init_process_group(told.backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     returned = train_rank(plan, rank=rank, world_size=world_size, local_rank=told.device)
     dist.destroy_process_group()
     return returned

@@ -178,4 +178,6 @@ def evidence_of(error: Exception, secrets: Sequence[str]) -> list[Evidence]:
 def _of_rank(rank: int, failure: BaseException, secrets: Sequence[str]) -> Evidence:
     if isinstance(failure, RankFailed):
         return failure.evidence
-    return Evidence(rank=rank, type=type(failure).__name__, message=redact_text(str(failure), secrets))
+    inner = getattr(failure, "health_check_failure", failure)  # Ray Train's wrapper around the error of the actor
+    kind = FailureKind.preemption.value if getattr(inner, "preempted", False) is True else ""
+    return Evidence(rank=rank, type=type(failure).__name__, message=redact_text(str(failure), secrets), kind=kind)

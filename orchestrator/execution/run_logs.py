@@ -12,16 +12,21 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.config import SecretFilter, redact_text
+from orchestrator.failures.classify import Evidence
 from orchestrator.json_logs import ENDING, TEXT_FORMAT, JsonFormatter, Lines, debug
 from orchestrator.records import RunTicket
 
 LONGEST_PART = 8192
 """Characters of an unfinished line that are kept for the JSON lines, from its last carriage return on: a progress bar
 never ends its line."""
+LOG_LINES = 200
+"""Last lines of a log that go with a failure."""
+_TAIL_BYTES = 1 << 16
 
 
 def structured(path: Path) -> Path:
@@ -65,6 +70,18 @@ def rank_log(
             root.setLevel(level)
             ours.setLevel(our_level)
             sys.stdout, sys.stderr = out, err
+
+
+def with_log(evidence: Evidence, path: Path) -> Evidence:
+    """With the last lines of the rank's log, where it can be read from here."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return evidence
+    more = [line for line in evidence.log.splitlines() if line not in lines]  # what native code wrote
+    return replace(evidence, log="\n".join([*lines[-LOG_LINES:], *more[-LOG_LINES:]]))
 
 
 @contextlib.contextmanager

@@ -29,7 +29,9 @@ import psutil
 from orchestrator.account import user_name
 from orchestrator.catalog import open_catalog
 from orchestrator.checkpoints.policy import CheckpointPolicy
-from orchestrator.config import ProvenanceConfig, config_hash, flatten, redact, redact_text
+from orchestrator.config import ProvenanceConfig, Settings, config_hash, flatten, redact, redact_text
+from orchestrator.config.settings import StopConfig
+from orchestrator.config.typed import build, dump
 from orchestrator.errors import OrchestratorError, RunIsActive, ServiceUnavailable, UserError
 from orchestrator.execution.local import slab_directory
 from orchestrator.execution.worker import copy_to_storage, local_directory, stager_of_rank
@@ -41,7 +43,8 @@ from orchestrator.tracking.local.client import LocalTracker
 from orchestrator.tracking.local.places import private_directory
 from orchestrator.tracking.local.stack_start import has_database, running_stack
 from orchestrator.tracking.logger import Logger
-from orchestrator.training.run import Run, RunStopped
+from orchestrator.training.judging import judge
+from orchestrator.training.run import Run, RunEnded, RunStopped
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,7 @@ def start_run(
     resume: bool | str = False,
     seed: int | None = None,
     checkpoints: Mapping[str, Any] | None = None,
+    stopping: Mapping[str, Any] | None = None,
     storage: str = "",
     home: str | os.PathLike[str] | None = None,
 ) -> Iterator[Run]:
@@ -90,20 +94,25 @@ def start_run(
     that. `resume=True` goes on with the newest run of the same experiment, params and config that did not finish, as
     its next attempt; a name or id goes on with that run; `run.state(…)` then restores the newest checkpoint. `seed`
     seeds Python, numpy and torch; without it they are left alone. `checkpoints`: see CheckpointPolicy.
+    `stopping` ends the run early, as that section of a configuration does: {"metric": "val/loss", "patience": 3}. A
+    loop over `run.epochs` ends then, and what comes after it is done; elsewhere `run.report` leaves the block.
 
     The end of the block finishes the run; an exception makes it FAILED (ctrl-C: CANCELLED) and goes on its way. Under
     torchrun every rank enters the block: rank 0 opens the run, all of them log. One run at a time per process. Starts
-    PostgreSQL where it does not run. Raises ServiceUnavailable, RunIsOpen, NotFound, RunIsActive.
+    PostgreSQL where it does not run. Raises ServiceUnavailable, RunIsOpen, NotFound, RunIsActive, ConfigError.
     """
     _refuse_inside()
     where = World.of_this_process()
-    spec = _spec(experiment, name, params, config, tags, description, project, storage)
+    ends = build(Settings, {"stopping": dict(stopping)}).stopping if stopping else None
+    spec = _spec(experiment, name, params, config, tags, description, project, storage, ends)
     policy = CheckpointPolicy(**(checkpoints or {}))
     opened = _join(where, spec, resume, Path(home) if home else default_home())
     recording = _Recording(where, opened)
     claim(opened.ticket.name)
     try:
-        yield recording.begin(spec, seed, policy)
+        yield recording.begin(spec, seed, policy, ends)
+        recording.finish()
+    except RunEnded:
         recording.finish()
     except BaseException as error:
         recording.fail(error)
@@ -157,8 +166,11 @@ class _Recording:
         self._run: Run | None = None
         self._is_over = False
 
-    def begin(self, spec: RunSpec, seed: int | None, checkpoints: CheckpointPolicy) -> Run:
+    def begin(
+        self, spec: RunSpec, seed: int | None, checkpoints: CheckpointPolicy, stopping: StopConfig | None = None
+    ) -> Run:
         where = self._where
+        best = checkpoints.best_metric, str(checkpoints.best_direction)
         self._run = Run(
             self._opened.ticket,
             self._logger,
@@ -180,6 +192,7 @@ class _Recording:
             config_hash=spec.config_hash,
             device=_device_in_use(),
             perf=True,
+            judge=judge({"stopping": asdict(stopping)}, best_metric=best) if stopping else None,
         )
         if where.rank == 0:
             self._describe(spec, seed or 0)
@@ -214,7 +227,8 @@ class _Recording:
             self._run.finish()
         if self._run is not None:
             self._run.close()
-        self._end(RunStatus.finished, "", None)
+        verdict = self._run.verdict if self._run is not None else None
+        self._end(RunStatus.finished, verdict.reason if verdict else "", None)
 
     def fail(self, error: BaseException) -> None:
         """What goes wrong here is logged: the user's own exception is on its way."""
@@ -267,6 +281,7 @@ def _ending(error: BaseException, rank: int, step: int) -> tuple[RunStatus, str,
     evidence = Evidence(
         rank=rank, type=type(error).__name__, message=redact_text(str(error)), host=socket.gethostname(),
         traceback=redact_text("".join(traceback.format_exception(error))), at=time.time(), step=step,
+        kind=str(getattr(error, "failure_kind", "")),
     )  # fmt: skip
     return RunStatus.failed, first_cause([evidence]).reason, evidence
 
@@ -276,7 +291,7 @@ def _ending(error: BaseException, rank: int, step: int) -> tuple[RunStatus, str,
 
 def _spec(
     experiment: str, name: str, params: Any, config: Mapping[str, Any] | None, tags: Mapping[str, str] | None,
-    description: str, project: str, storage: str,
+    description: str, project: str, storage: str, stopping: StopConfig | None = None,
 ) -> RunSpec:  # fmt: skip
     given = _plain(params)
     whole = _plain(config) or given
@@ -290,7 +305,9 @@ def _spec(
         tags={str(key): str(value) for key, value in (tags or {}).items()},
         params=flatten(redact(given or whole)),
         config=redact(whole),
-        config_hash=config_hash({"script": script, "user": {**whole, **given}}),
+        config_hash=config_hash(
+            {"script": script, "user": {**whole, **given}, **({"stopping": dump(stopping)} if stopping else {})}
+        ),
         storage_url=os.path.abspath(storage) if storage and "://" not in storage else storage,
     )
 

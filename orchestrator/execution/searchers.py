@@ -11,6 +11,7 @@ from orchestrator.config.settings import SweepConfig
 from orchestrator.errors import ConfigError, UserError
 from orchestrator.seeding import derive
 from orchestrator.sweeps.grammar import token
+from orchestrator.sweeps.rules import CHANGING
 from orchestrator.sweeps.search import Heard, Library, Searcher, inputs_of
 from orchestrator.sweeps.space import Dimension, Kind, Space
 from orchestrator.sweeps.values import Past, Rebuilt, Suggestion, Telling, Told
@@ -78,7 +79,7 @@ class OptunaSearcher:
         self._library = optuna
         self._space, self._seed, self._first, self.total = space, seed, first, samples
         self._sizes = len(objectives)
-        self._is_population = settings.scheduler == "pbt"
+        self._is_population = settings.scheduler in CHANGING
         self._ordered = _parents_first(space)
         self._axes = {each.key: _axis(each) for each in self._ordered if each.kind is not Kind.fixed}
         self._study = optuna.Study(

@@ -23,6 +23,7 @@ from orchestrator.sweep_records import TrialRow
 from orchestrator.sweeps.space import Space
 from orchestrator.sweeps.summary import SweepView, best_of
 from orchestrator.sweeps.template import Template, template
+from orchestrator.sweeps.warm import Warm
 
 if TYPE_CHECKING:
     from orchestrator.store.views import RunDetail
@@ -43,11 +44,10 @@ def run_sweep(
 ) -> Outcome:
     """`driver.train` with a sweep as its work. Raises what that raises."""
 
-    if not run:
-        warm_start(made, space, home)
+    warm = Warm() if run else warm_start(made, space, home)
 
     def around(place: Place, stack: Stack, spec: RunSpec) -> Place:
-        return SweepPlace(place, stack, spec, made, space, announce=announce, watch=watch)
+        return SweepPlace(place, stack, spec, made, space, warm=warm, announce=announce, watch=watch)
 
     return driver.train(
         made.base,
@@ -186,8 +186,17 @@ def words_of(
     if name:
         keys["run.name"] = name
     keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if value not in ("", None)]
+    words = [f"{key}={_text(value)}" for key, value in keys.items() if value not in ("", None)]
     return words + [f"{key}={domain}" for key, domain in space.items()]
+
+
+def _text(value: Any) -> str:
+    """As an override has it: like JSON, but for the keys of a mapping, which Hydra takes without quotes only."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_text(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def importable(function: Callable[..., Any]) -> str:

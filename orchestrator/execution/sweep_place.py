@@ -24,25 +24,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.account import user_name
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints.catalog import Hold, hold, release
+from orchestrator.catalog import open_store
+from orchestrator.checkpoints.catalog import Hold, release
+from orchestrator.checkpoints.clone import keep
 from orchestrator.config import ClusterCapacity, Job, Settings, redact_text
 from orchestrator.config.capacity import gangs
 from orchestrator.config.settings import SweepConfig
 from orchestrator.config.typed import dump
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
-from orchestrator.errors import ConfigError, OrchestratorError, ServiceUnavailable, SweepTaken, UserError
+from orchestrator.errors import OrchestratorError, ServiceUnavailable, SweepTaken, UserError
 from orchestrator.execution.driver import write_config
 from orchestrator.execution.local import Locally
 from orchestrator.execution.place import Place, Tracker
+from orchestrator.execution.sweep_energy import Meter
 from orchestrator.execution.sweep_plan import (
     Outlook,
     at_once,
     capacity_of,
     outlook,
+    refuse_energy,
     sibling,
     trial_plan,
     trial_spec,
+    unmeasured,
 )
 from orchestrator.execution.worker import (
     DONE,
@@ -55,7 +60,7 @@ from orchestrator.execution.worker import (
     local_directory,
     log_path,
 )
-from orchestrator.failures.classify import MENDED_BY_RESTART, Evidence, RanksFailed, first_cause
+from orchestrator.failures.classify import Evidence, RanksFailed, first_cause
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
 from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
@@ -63,11 +68,13 @@ from orchestrator.sweeps.budget import Gang
 from orchestrator.sweeps.core import Core
 from orchestrator.sweeps.jobs import Assigned, Ended, Ending
 from orchestrator.sweeps.loop import Loop
-from orchestrator.sweeps.rules import scheduler_for
+from orchestrator.sweeps.rules import TUNE, scheduler_for
 from orchestrator.sweeps.search import Searcher, searcher_for, total
 from orchestrator.sweeps.space import Space
-from orchestrator.sweeps.summary import SweepView, best_of
+from orchestrator.sweeps.state import Scheduler
+from orchestrator.sweeps.summary import SweepView, best_of, left
 from orchestrator.sweeps.template import Template
+from orchestrator.sweeps.warm import Warm
 from orchestrator.tracking.logger import Logger
 
 if TYPE_CHECKING:
@@ -167,17 +174,21 @@ class SweepPlace:
         template: Template,
         space: Space,
         *,
+        warm: Warm | None = None,
         announce: Callable[[Outlook], None] | None = None,
         watch: Callable[[SweepView], None] | None = None,
     ) -> None:
         self._inner, self._stack, self._parent = inner, stack, parent
         self._template, self._space = template, space
-        self._announce, self._watch = announce, watch
+        self._warm, self._announce, self._watch = warm, announce, watch
         self._closed = threading.Event()
+        self._sweep = ""
         self._running: dict[int, _Running] = {}
         self._lock = threading.Lock()
         self._is_to_stop = threading.Event()
         self._pool: LanePool | None = None
+        self._meter = Meter(self._joules)
+        self._newest: tuple[str, Job] | None = None
 
     # -- what the inner place says
 
@@ -201,7 +212,10 @@ class SweepPlace:
 
     def check(self, settings: Settings) -> None:
         self._inner.check(settings)
-        found = outlook_of(self._template, self._space, capacity_of(self._inner.resources()), self.name)
+        capacity = capacity_of(self._inner.resources())
+        if not self._parent.run:  # one that goes on may have been asked for another budget
+            refuse_energy(settings.sweep.budget.kwh, unmeasured(settings, capacity, self._stack.monitoring))
+        found = outlook_of(self._template, self._space, capacity, self.name, self._warm)
         if self._announce:
             self._announce(found)
 
@@ -220,13 +234,17 @@ class SweepPlace:
     def fit(self, plan: Plan, settings: Settings) -> Returned:
         """Runs the sweep to its end. Raises SweepTaken, SweepFailed, ServiceUnavailable."""
         ticket = plan.ticket
-        core = self._core(ticket, settings)
+        self._sweep = ticket.run
         capacity = capacity_of(self._inner.resources())
+        why_not = unmeasured(settings, capacity, self._stack.monitoring)
+        core = self._core(ticket, settings, gangs(settings, capacity), why_not)
         first, _ = at_once(settings, capacity, core.state.settings.samples)
         room = max(gangs(settings, capacity), first)  # `orc sweep set sweep.concurrency` may ask for as many later
         points = Logger(Path(plan.spool_directory), run=ticket.run, attempt=ticket.attempt, rank=-1)
         shown = _Shown(core, ticket, points, self._watch)
         over = threading.Event()
+        if not why_not:
+            self._meter.start()
         threading.Thread(target=self._beat, args=(ticket, settings, over), name="sweep beat", daemon=True).start()
         try:
             if isinstance(self._inner, Locally):
@@ -240,6 +258,7 @@ class SweepPlace:
             raise ServiceUnavailable("the tracker", where, f"{error}.", "Then `orc sweep resume` goes on.") from error
         finally:
             over.set()
+            self._meter.stop()
             points.close()
         return self._returned(core)
 
@@ -252,6 +271,7 @@ class SweepPlace:
             stop=self._is_to_stop,
             stop_runs=self._ask_to_stop,
             watch=shown.show,
+            kwh=lambda: self._meter.kwh,
         ).run()
 
     def _run_on_lanes(self, core: Core, room: int, first: int, plan: Plan, shown: _Shown, settings: Settings) -> None:
@@ -272,7 +292,7 @@ class SweepPlace:
 
         try:
             pool.want(first)
-            turns = _Turns(core, self._is_to_stop, self._ask_to_stop, shown, more)
+            turns = _Turns(core, self._is_to_stop, self._ask_to_stop, shown, more, lambda: self._meter.kwh)
             turns.turn()  # what was asked while nobody ran it: a sweep that was over may have more to do now
             tuner.run(
                 core,
@@ -285,7 +305,7 @@ class SweepPlace:
             self._pool = None
             pool.close()
 
-    def _core(self, ticket: RunTicket, settings: Settings) -> Core:
+    def _core(self, ticket: RunTicket, settings: Settings, room: int, unmeasured: str) -> Core:
         told = _with_objective(settings)
         spec = SweepSpec(
             sweep=ticket.run,
@@ -296,24 +316,29 @@ class SweepPlace:
             space=self._space.to_json(),
         )
         resources = settings.resources
-        return Core.open(
+        core = Core.open(
             spec,
             Patient(self.tracker, self._closed),
             driver=driver_name(ticket),
             settings=told,
             space=self._space,
+            scheduler=scheduler_named(told, self._space),
             searcher=self._searcher(ticket.run, told, self._space),
             renewed=lambda sweep, space: self._searcher(ticket.run, sweep, space),
-            spec_of=lambda trial, repeat, values: trial_spec(
-                self._parent, ticket, self._template.job(values), trial, repeat
-            ),
+            spec_of=lambda trial, repeat, values: trial_spec(self._parent, ticket, self._job(values), trial, repeat),
             params=self._template.base.params,
             gang=Gang(
                 cpus=resources.workers * resources.cpus_per_worker, gpus=resources.workers * resources.gpus_per_worker
             ),
+            at_once=room,
+            unmeasured=unmeasured,
             stopping=asdict(settings.stopping),
             hold=lambda *, run, checkpoint, token, is_held: _hold(ticket, run, checkpoint, token, is_held=is_held),
         )
+        if core.settings.budget.kwh and unmeasured:
+            core.poll()  # it may have been asked for another budget
+            refuse_energy(core.settings.budget.kwh, unmeasured)
+        return core
 
     def _searcher(self, sweep: str, settings: SweepConfig, space: Space) -> Searcher:
         library = None
@@ -334,13 +359,27 @@ class SweepPlace:
             raise SweepFailed(len(failed), dict(causes.most_common(5)))
         return Returned(how=DONE, tally={"reason": view.reason} if view.reason else {})
 
+    def _joules(self) -> float | None:
+        """Of all trials, as far as it is recorded."""
+        with open_store(Path(self._stack.home)) as store:
+            return store.sweep_energy(self._sweep)
+
     # -- jobs
+
+    def _job(self, values: Mapping[str, Any]) -> Job:
+        """The configuration of a trial, needed twice, when a job is decided and when it begins: 10 ms each time.
+        Raises ConfigError."""
+        key = repr(sorted(values.items()))  # which tells 1 from 1.0 and from true
+        newest = self._newest
+        if newest is None or newest[0] != key:
+            newest = self._newest = key, self._template.job(values)
+        return newest[1]
 
     def began(self, base: Plan, assigned: Assigned) -> tuple[Plan, Job]:
         """What the ranks of a job are told. Its attempt gets signs of life from here on. Raises ConfigError."""
         with self._lock:
             self._running[assigned.job] = _Running(assigned)
-            job = self._template.job(assigned.values)
+        job = self._job(assigned.values)
         _describe(assigned.ticket, job, RunStatus.running)
         return trial_plan(base, job, assigned, sweep=base.ticket.run), job
 
@@ -351,18 +390,27 @@ class SweepPlace:
         _describe(assigned.ticket, None, _STATUS[ending.how], ending.reason)
         if ending.how is Ended.failed and not ending.tally:
             # A crash leaves no words; whether it had got further than the one before decides if it is tried again.
-            ending = replace(ending, tally={"progress": self._step(assigned.ticket.run)})
+            ending = replace(ending, tally={"progress": self._reached(assigned.ticket)})
         if running is None:
             return ending
         took = time.monotonic() - running.began
         return replace(ending, lane_seconds=ending.lane_seconds or took, started_at=ending.started_at or running.at)
 
-    def _step(self, run: str) -> float:
+    def _reached(self, ticket: RunTicket) -> float:
+        """The newest step that anybody knows of: the last points of ranks that died may still be on their way, and what
+        a checkpoint has another attempt need not do again."""
+        from orchestrator.training.judging import tally_left
+
+        found = [0.0]
         try:
-            return float(self.tracker.live(run).get("step") or 0)
+            found.append(float(self.tracker.live(ticket.run).get("step") or 0))
         except Exception:
             logger.debug("no live values", exc_info=True)
-            return 0.0
+        try:
+            found.append(float(tally_left(ticket.directory).get("checkpoint", {}).get("step") or 0))
+        except (OSError, OrchestratorError):
+            logger.debug("no checkpoint tells how far it got", exc_info=True)
+        return max(found)
 
     def defect(self, assigned: Assigned, error: Exception) -> Ending:
         """The ending of a job that could not be begun, or whose end nobody here understands."""
@@ -409,9 +457,9 @@ class SweepPlace:
         return Ending(
             how=Ended.failed,
             error=error,
-            kind=finding.kind.value,
+            kind=str(finding.kind),
             reason=finding.reason,
-            is_restart_useful=finding.kind in MENDED_BY_RESTART,
+            is_restart_useful=finding.is_restart_useful,
         )
 
     # -- the second that comes round
@@ -493,13 +541,12 @@ class SweepPlace:
                 logger.warning("run %s could not be asked to stop", run, exc_info=True)
 
 
-def outlook_of(template: Template, space: Space, capacity: ClusterCapacity | None, place: str) -> Outlook:
+def outlook_of(
+    template: Template, space: Space, capacity: ClusterCapacity | None, place: str, warm: Warm | None = None
+) -> Outlook:
     """Raises ConfigError for what cannot be."""
     settings = template.base.settings
-    if settings.sweep.budget.kwh:
-        why = "would limit nothing: the energy of a sweep is not measured."
-        raise ConfigError("sweep.budget.kwh", settings.sweep.budget.kwh, why, "Use sweep.budget.gpu_hours or hours.")
-    scheduler = scheduler_for(settings.sweep, space)
+    scheduler = scheduler_named(_with_objective(settings), space)
     survives = {scheduler.name: scheduler.survives}
     library = None
     if settings.sweep.searcher not in OURS:
@@ -508,7 +555,17 @@ def outlook_of(template: Template, space: Space, capacity: ClusterCapacity | Non
         library = found()  # without a database: only what cannot be is to be heard of now
     searcher = searcher_for(_with_objective(settings), space, settings.run.seed, library=library)
     survives[searcher.name] = searcher.survives
-    return outlook(template.base, space, capacity, trials=total(settings.sweep, space), place=place, survives=survives)
+    trials = total(settings.sweep, space)
+    return outlook(template.base, space, capacity, trials=trials, place=place, survives=survives, warm=warm)
+
+
+def scheduler_named(settings: SweepConfig, space: Space) -> Scheduler:
+    """Ours, or Tune's. Raises ConfigError for a name that nobody knows."""
+    if not settings.scheduler.startswith(TUNE):
+        return scheduler_for(settings, space)
+    from orchestrator.execution.tune_scheduler import library
+
+    return scheduler_for(settings, space, library=library)
 
 
 class _Shown:
@@ -519,6 +576,8 @@ class _Shown:
     ) -> None:
         self._core, self._ticket, self._points, self._watch = core, ticket, points, watch
         self._told: dict[str, float] = {}
+        self._is_planned: bool | None = None
+        """Whether it is recorded what the sweep takes; of one that goes on it is."""
 
     def show(self, view: SweepView) -> None:
         """Who watches must not end a sweep."""
@@ -539,6 +598,12 @@ class _Shown:
                 self._points.fact(Fact(kind=FactKind.tag, at=time.time(), data=data))
 
     def _record(self, view: SweepView) -> None:
+        if not self._is_planned:
+            rest = left(view)
+            if rest and self._is_planned is False:
+                data = {"kind": "sweep-estimate", "level": "info", "message": str(rest)}
+                self._points.fact(Fact(kind=FactKind.event, at=time.time(), data=data))
+            self._is_planned = rest is not None
         counts = Counter(trial.status for trial in view.trials)
         told = {f"sweep/{status}": float(counts[status]) for status in ("complete", "failed", "running")}
         if best := best_of(view):
@@ -559,7 +624,9 @@ class _Turns:
         stop_runs: Callable[[Sequence[str]], None],
         shown: _Shown,
         more: Callable[[], None],
+        kwh: Callable[[], float | None],
     ) -> None:
+        self._kwh = kwh
         self._core, self._is_to_stop, self._stop_runs, self._shown = core, is_to_stop, stop_runs, shown
         self._more = more
         """Sees to it that there are lanes enough."""
@@ -576,7 +643,7 @@ class _Turns:
             raise SweepTaken(self._core.sweep, "another driver")
         if polled.stops:
             self._stop_runs(polled.stops)
-        if said := self._core.spend():
+        if said := self._core.spend(kwh=self._kwh()):
             logger.warning("%s", said)
         self._more()
         began = time.monotonic()
@@ -615,16 +682,17 @@ class _LaneHands:
         return self._place.came_back(assigned, failed or self._pool.ending(assigned.job, raw))
 
 
-def _hold(parent: RunTicket, run: str, checkpoint: str, token: str, *, is_held: bool) -> None:
-    """Keeps a checkpoint of a trial from its retention while another trial starts from it."""
+def _hold(parent: RunTicket, run: str, checkpoint: str, token: str, *, is_held: bool) -> bool:
+    """Keeps a checkpoint of a trial from its retention while another trial starts from it; False if it is gone. Where
+    the storage does not answer it may be there, and whoever wants it will see."""
     storage = Storage(sibling(parent.directory, run)).join("checkpoints")
     try:
         if is_held:
-            hold(storage, checkpoint, Hold.in_use, until=time.time() + HELD, token=token)
-        else:
-            release(storage, checkpoint, Hold.in_use, token=token)
+            return keep(storage, checkpoint, until=time.time() + HELD, token=token)
+        release(storage, checkpoint, Hold.in_use, token=token)
     except (OSError, OrchestratorError) as error:
         logger.warning("checkpoint %s of run %s could not be held: %s", checkpoint, run, error)
+    return True
 
 
 def _with_objective(settings: Settings) -> SweepConfig:

@@ -9,12 +9,14 @@ from typing import Any
 from orchestrator.config import ClusterCapacity, Job, NodeCapacity, Settings
 from orchestrator.config.capacity import gangs
 from orchestrator.config.settings import Lanes, ResourcesConfig
+from orchestrator.errors import ConfigError
 from orchestrator.execution.worker import Plan
 from orchestrator.records import RunSpec, RunTicket
 from orchestrator.store.names import trial_run_id
 from orchestrator.sweeps.jobs import Assigned
 from orchestrator.sweeps.rules import rules_for
 from orchestrator.sweeps.space import Space
+from orchestrator.sweeps.warm import Warm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,7 @@ class Outlook:
     grid: int
     """Combinations of the grid; 1 where there is none."""
     points: int
+    """Configurations that are tried first, with those of earlier runs."""
     seeds: int
     dimensions: Sequence[tuple[str, str]]
     """(key, its domain in words)"""
@@ -49,6 +52,8 @@ class Outlook:
     objectives: Sequence[tuple[str, str]] = ()
     """(metric, min or max). Empty: the first report decides."""
     budget: Mapping[str, float] = field(default_factory=dict)
+    warm: Warm = field(default_factory=Warm)
+    """What of earlier runs it begins with."""
     survives: Mapping[str, str] = field(default_factory=dict)
     """Scheduler and searcher: what of them is left after a restart, in words."""
 
@@ -75,6 +80,7 @@ def outlook(
     trials: int,
     place: str,
     survives: Mapping[str, str] | None = None,
+    warm: Warm | None = None,
 ) -> Outlook:
     """What the base job and the space come to on such a cluster (None: unknown). Raises ConfigError for what cannot
     be, such as rungs without an end."""
@@ -103,6 +109,7 @@ def outlook(
         unit=sweep.resource.value,
         objectives=[(metric, direction.value) for metric, direction in sweep.objectives],
         budget={name: amount for name, amount in asdict(sweep.budget).items() if amount and name != "warn"},
+        warm=warm or Warm(),
         survives=survives or {},
     )
 
@@ -119,6 +126,25 @@ def at_once(settings: Settings, capacity: ClusterCapacity | None, trials: int) -
     if wanted > room:
         why = f"sweep.concurrency={wanted} is more than there is room for: {why}"
     return max(min(room, trials), 1), why
+
+
+def unmeasured(settings: Settings, capacity: ClusterCapacity | None, monitoring: float) -> str:
+    """Why nobody measures what trials use, in words; '' where their GPUs tell it. `capacity` None: not known;
+    `monitoring` is the stack's, 0 where nothing is sampled."""
+    if capacity is not None and not any(node.gpus for node in capacity.nodes):
+        return "this cluster measures no energy: no node has a GPU that could tell it"
+    if not settings.resources.gpus_per_worker:
+        return "this sweep measures no energy: its workers use no GPU (resources.gpus_per_worker=0)"
+    if not monitoring:
+        return "this cluster measures no energy: its machines are not sampled (monitoring.enabled=false)"
+    return ""
+
+
+def refuse_energy(kwh: float, why: str) -> None:
+    """Raises ConfigError where there is such a budget, and a reason why nothing is measured."""
+    if kwh and why:
+        hint = "Use sweep.budget.gpu_hours or sweep.budget.hours."
+        raise ConfigError("sweep.budget.kwh", kwh, f"would limit nothing: {why}.", hint)
 
 
 def capacity_of(resources: Mapping[str, Any]) -> ClusterCapacity:
@@ -146,6 +172,8 @@ def trial_spec(base: RunSpec, sweep: RunTicket, job: Job, trial: int, repeat: in
         seed=job.settings.run.seed + repeat,
         parent=sweep.run,
         sweep=sweep.run,
+        # Its rules are watched in every trial; of an end only the sweep's own is told.
+        alerts={**base.alerts, "job": []} if base.alerts else {},
     )
 
 

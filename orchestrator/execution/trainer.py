@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +22,16 @@ def torch_trainer(
     placement: str,
     storage: str,
     callbacks: list[Any] | None = None,
+    timeout: float = 1800.0,
 ) -> Any:
     """A TorchTrainer (Train V2) of which every rank runs `loop` once; `name` is that of its directory in `storage`.
+    `timeout`: seconds that ranks wait for each other.
 
     Ray Train neither retries nor resumes here: restarts are attempts, which are ours to number, and resuming needs no
     snapshot of Ray's. Metrics never go through `train.report`, only pointers to checkpoints do; see ray_pointer.py.
     """
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig  # ray.train has an older engine's
 
     uses_gpu = resources_per_worker.get("GPU", 0) > 0
@@ -41,12 +44,20 @@ def torch_trainer(
     run_config = RunConfig(
         name=name,
         storage_path=storage,
-        failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+        failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=2),
         checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         callbacks=[*worker_names(identity), *(callbacks or [])],
     )
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # There are no Ray Datasets here. Their callback starts an actor and has every rank load ray.data: seconds.
+            given = super()._create_default_callbacks()  # type: ignore[misc]  # what Train V2's trainer has
+            return [each for each in given if type(each).__name__ != "DatasetsCallback"]
+
     # Not as `train_loop_config`, which Ray Train keeps and exports: the plan holds the user's secrets in clear.
-    return TorchTrainer(cast(Any, loop), scaling_config=scaling, run_config=cast(Any, run_config))
+    torch_config = TorchConfig(timeout_s=math.ceil(timeout))
+    return Trainer(cast(Any, loop), torch_config=torch_config, scaling_config=scaling, run_config=cast(Any, run_config))
 
 
 def attempt_trainer(plan: Plan, *, storage: str, **resources: Any) -> Any:
@@ -73,7 +84,10 @@ def attempt_trainer(plan: Plan, *, storage: str, **resources: Any) -> Any:
             pointers=RayPointers(directory, rank=rank) if has_pointers else None,
         )
 
-    return torch_trainer(loop, identity=identity, name=name, storage=storage, callbacks=forgiving, **resources)
+    return torch_trainer(
+        loop, identity=identity, name=name, storage=storage, callbacks=forgiving, timeout=plan.collective_timeout,
+        **resources,
+    )  # fmt: skip
 
 
 def lane_trainer(identity: LaneIdentity, *, desk: str, growth: int, storage: str, **resources: Any) -> Any:

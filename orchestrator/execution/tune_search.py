@@ -6,7 +6,6 @@ one, and only if that gives the same suggestions again does the sweep go on exac
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,13 @@ from ray import tune
 from ray.tune.search import SEARCH_ALG_IMPORT
 from ray.tune.search import Searcher as Algorithm
 
+from orchestrator.config.functions import load_class
 from orchestrator.config.names import did_you_mean
 from orchestrator.config.settings import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.seeding import derive
 from orchestrator.sweeps.grammar import same, token
+from orchestrator.sweeps.rules import CHANGING
 from orchestrator.sweeps.search import Heard, inputs_of
 from orchestrator.sweeps.space import Dimension, Kind, Space
 from orchestrator.sweeps.values import Past, Rebuilt, Suggestion, Told
@@ -32,7 +33,7 @@ _REFUSALS = 100
 _SEEDS = ("seed", "random_state_seed", "random_state")
 """What algorithms call it."""
 _NOT_ALONE = {
-    "bohb": "works only together with its scheduler: sweep.scheduler=tune:hb_bohb.",
+    "bohb": "works only together with Tune's hb_bohb, which tells it of every pause and cannot be used here.",
     "random": "is no algorithm of its own: sweep.searcher=random.",
     "variant_generator": "is no algorithm of its own: sweep.searcher=random.",
 }
@@ -159,7 +160,7 @@ class TuneSearcher:
         is_good = state is not Told.failed and scores is not None and all(map(math.isfinite, scores))
         called = self._open.pop(number, None)
         if called is None:
-            if is_good and scores is not None and not (self._settings.scheduler == "pbt" and number in self._ended):
+            if is_good and scores is not None and not (self._settings.scheduler in CHANGING and number in self._ended):
                 self._observe(values, scores)
         elif is_good and scores is not None:
             result = dict(zip(self._metrics, map(float, scores), strict=True))
@@ -190,11 +191,7 @@ def _algorithm(searcher: str) -> type[Algorithm]:
     if name in _NOT_ALONE:
         raise ConfigError("sweep.searcher", searcher, _NOT_ALONE[name])
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError("sweep.searcher", searcher, f"cannot be imported: {error}.") from error
+        found = load_class("sweep.searcher", searcher, name)
     elif name in SEARCH_ALG_IMPORT:
         try:
             found = SEARCH_ALG_IMPORT[name]()

@@ -78,9 +78,16 @@ class Plan:
     """A rank starts a writer where none answers. Never on Ray, which kills what its workers start."""
     judge: Mapping[str, Any] = field(default_factory=dict)
     """What ends or pauses the training besides its function, see `training.judging.judge`."""
+    collective_timeout: float = 1800.0
+    """Seconds that ranks wait for each other. A lane's ranks have Ray Train's own 30 minutes."""
+    splits: int = 1
+    """Into how many micro-batches a batch is divided, see `training.run.Run`."""
+    watch: Mapping[str, Any] = field(default_factory=dict)
+    """What its guards watch for, see `training.watching.Watch`; empty: nothing."""
     clone: Mapping[str, Any] = field(default_factory=dict)
-    """The checkpoint of another run that this attempt starts from: {"directory" of that run, "name", "sha256", "job"};
-    with the same job a later attempt goes on from its own checkpoints. Empty: the run's own newest one."""
+    """The checkpoint of another run that this attempt starts from: {"directory" of that run, "name", "sha256", "trial",
+    "job", "since": the job's first attempt, "instead_of": which one could not be had, in words}; a later attempt of the
+    same job goes on from its own checkpoints. Empty: the run's own newest one."""
     sweep: str = ""
     """The sweep that this run is a trial of."""
     waits_for_record: bool = True
@@ -150,6 +157,7 @@ def _run_user_function(
     from orchestrator.provenance.ranks import of_rank
     from orchestrator.training import judging
     from orchestrator.training.run import Run, RunEnded, RunPaused, RunStopped
+    from orchestrator.training.watching import Watch
 
     run: Run | None = None
     try:
@@ -173,6 +181,8 @@ def _run_user_function(
             perf=plan.perf,
             pointers=pointers,
             judge=judge or judging.judge(plan.judge, best_metric=(policy.best_metric, str(policy.best_direction))),
+            splits=plan.splits,
+            watch=Watch.of(plan.watch),
         )
         where = of_rank(rank, device=str(run.device), node=node)
         logger.fact(Fact(kind=FactKind.provenance, at=time.time(), data=where))
@@ -192,6 +202,7 @@ def _run_user_function(
             host=socket.gethostname(),
             at=time.time(),
             step=run.step if run is not None else None,
+            kind=str(getattr(error, "failure_kind", "")),
         )
         data = {
             "kind": "exception",
@@ -213,20 +224,31 @@ def _run_user_function(
 
 
 def _clone(plan: Plan, logger: Logger) -> None:
-    """Rank 0 takes over the checkpoint that the plan names. Raises CheckpointError, OSError."""
+    """Rank 0 takes over the checkpoint that the plan names, unless an earlier attempt has. Raises CheckpointError,
+    OSError."""
     from orchestrator.backends.storage import Storage
     from orchestrator.checkpoints import catalog
-    from orchestrator.checkpoints.clone import clone
+    from orchestrator.checkpoints.clone import DonorGone, clone, taken_before
 
-    told, ticket = plan.clone, plan.ticket
+    told, ticket, job = plan.clone, plan.ticket, str(plan.clone.get("job", ""))
     source, target = (Storage(each).join("checkpoints") for each in (told["directory"], ticket.directory))
-    with catalog.in_use(source, told["name"], now=time.time()):
-        manifest = clone(
-            source, told["name"], target, run=ticket.run, attempt=ticket.attempt, now=time.time(),
-            sha256=told.get("sha256", ""), job=str(told.get("job", "")),
-        )  # fmt: skip
-    message = f"goes on from {source.uri(told['name'])} with settings of its own"
-    details = {"checkpoint": manifest.id, "from": source.uri(told["name"])}
+    name, sha256 = told["name"], told.get("sha256", "")
+    since = int(told.get("since", 0))
+    if job and sha256 and taken_before(target, name, run=ticket.run, sha256=sha256, job=job, since=since) is not None:
+        return
+    try:
+        with catalog.in_use(source, name, now=time.time()):
+            manifest = clone(
+                source, name, target, run=ticket.run, attempt=ticket.attempt, now=time.time(), sha256=sha256, job=job
+            )
+    except FileNotFoundError as error:
+        raise DonorGone(source.uri(name)) from error
+    trial = f" of trial {told['trial']}" if "trial" in told else ""
+    message = f"goes on from {source.uri(name)}{trial} with settings of its own"
+    details = {"checkpoint": manifest.id, "from": source.uri(name), "trial": told.get("trial")}
+    if instead := told.get("instead_of"):
+        message += f"; {instead}"
+        details["instead_of"] = instead
     data = {"kind": "cloned", "level": "info", "message": message, "step": manifest.step, "details": details}
     logger.fact(Fact(kind=FactKind.event, at=time.time(), data=data))
 

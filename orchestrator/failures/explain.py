@@ -22,6 +22,13 @@ def five_lines(error: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in lines if text]
 
 
+def headline(error: Mapping[str, Any]) -> str:
+    """What and where, in one line."""
+    lines = dict(five_lines(error))
+    what = lines.get("what", "it failed")
+    return f"{what} ({lines['where']})" if "where" in lines else what
+
+
 def _where(error: Mapping[str, Any]) -> str:
     rank, host, step = error.get("rank"), error.get("host"), error.get("step")
     parts = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from orchestrator.backends.nvml import GpuReading, Gpus, open_gpus
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.monitoring.host import Host
-from orchestrator.monitoring.samples import Reading, gpu_values, gpus_of, unit, values
+from orchestrator.monitoring.samples import Reading, energy, gpu_values, gpus_of, unit, values
 from orchestrator.records import Fact, FactKind, Stream, WhenFull
 from orchestrator.tracking.spool import (
     MEMBER,
@@ -81,13 +81,15 @@ class _Producer:
 class _Attempt:
     """What is sampled: one attempt of a run, as far as it is on this machine."""
 
-    seen: float
-    """Monotonic seconds."""
     producers: list[_Producer] = field(default_factory=list)
     node_rank: int = 1 << 30
     """The lowest rank here, which has the values of the machine."""
     step: int | None = None
     """The highest that was seen."""
+    gpus: frozenset[int] = frozenset()
+    """Those that it was last seen on."""
+    joules: dict[int, float] = field(default_factory=dict)
+    """Of each GPU, used and not recorded yet."""
     writers: dict[int, SpoolWriter] = field(default_factory=dict)
     is_given_up: bool = False
     """There was no room for its spool."""
@@ -110,8 +112,10 @@ class SystemSampler:
     Promises: for each attempt with a living rank here, and only so long, there is one producer per rank in the same
     spool directory, marked as a sampler's, so that nobody takes it for a sign of life. Its points stand at the step
     that the run was at, 0 before its first; of a later attempt nothing is recorded before it logs: it may go on at any
-    step, and points at 0 would take the place of all that the attempts before it have. Only while `is_my_turn`: one
-    process samples a machine. After a crash the next one goes on. One thread calls `step` or `run`.
+    step, and points at 0 would take the place of all that the attempts before it have. What a GPU uses is divided
+    equally among the attempts that are on it, from look to look until they leave: together they have what it used. Only
+    while `is_my_turn`: one process samples a machine. After a crash the next one goes on. One thread calls `step` or
+    `run`.
     """
 
     def __init__(
@@ -141,7 +145,8 @@ class SystemSampler:
         self._look_at = self._sample_at = 0.0
         self._before: Reading | None = None
         self._processes_before: dict[int, Reading] = {}
-        self._gpus_before: dict[int, GpuReading] = {}
+        self._gpus_read: dict[int, GpuReading] = {}
+        self._charged_at = -1.0
         self._declared: set[str] = set()
         self._has_said_most = self._has_failed = False
         self._stop = threading.Event()
@@ -172,9 +177,7 @@ class SystemSampler:
             self._before = None
             return
         if self._before is None:
-            # Rates need a beginning.
-            self._before = self._host.read(now)
-            self._gpus_before = self._read_gpus(now)
+            self._before = self._host.read(now)  # rates need a beginning
         if now >= self._sample_at:
             self._sample(now)
             self._sample_at = now + self._interval
@@ -225,24 +228,31 @@ class SystemSampler:
 
     def _meet(self, attempt: AttemptId, producers: list[_Producer], now: float) -> None:
         self._sample_at = min(self._sample_at, now + LOOK) if self._attempts else now + LOOK
-        known = self._attempts[attempt] = _Attempt(seen=now, producers=producers)
-        for pid in known.processes().values():
+        self._charge(now)
+        known = self._attempts[attempt] = _Attempt(producers=producers)
+        processes = known.processes()
+        known.node_rank = min(processes)
+        for pid in processes.values():
             reading = self._host.process(pid, now)
             if reading is not None:
                 self._processes_before.setdefault(pid, reading)
 
     def _leave(self, attempts: Iterable[AttemptId]) -> None:
-        for attempt in list(attempts):
+        leaving = list(attempts)
+        if leaving:
+            self._charge(self._clock.monotonic())
+        for attempt in leaving:
             known = self._attempts.pop(attempt)
+            self._record_rest(attempt, known)
             for writer in known.writers.values():
                 writer.close()
 
     # -- what is recorded
 
     def _sample(self, now: float) -> None:
-        host, gpus = self._host.read(now), self._read_gpus(now)
+        host = self._host.read(now)
+        self._charge(now)
         of_host = values(host, self._before)
-        since = now - self._before.at if self._before else 0.0
         of_process = self._of_processes(now)
         for (run, attempt), known in self._attempts.items():
             processes = known.processes()
@@ -254,15 +264,42 @@ class SystemSampler:
                 continue
             known.step = max(steps, default=None)
             recorded = {rank: dict(of_process.get(pid, {})) for rank, pid in processes.items()}
-            share = min(1.0, (now - known.seen) / since) if since > 0 else 0.0
             of_gpus: dict[str, float] = {}
-            for gpu in gpus_of(list(gpus.values()), processes.values()):
-                of_gpus |= gpu_values(gpu, self._gpus_before.get(gpu.index), share)
+            for index in sorted(known.gpus & self._gpus_read.keys()):
+                of_gpus |= gpu_values(self._gpus_read[index], known.joules.pop(index, None))
             recorded[known.node_rank] = {**of_host, **of_gpus, **recorded.get(known.node_rank, {})}
             for rank, points in recorded.items():
                 if points and not known.is_given_up:
                     self._record_safely(known, Owner(run=run, attempt=attempt, rank=rank), points)
-        self._before, self._gpus_before = host, gpus
+        self._before = host
+
+    def _charge(self, now: float) -> None:
+        """Divides what the GPUs used since the last time among the attempts that were there, before one comes or
+        goes."""
+        if now == self._charged_at:
+            return
+        self._charged_at = now
+        before, self._gpus_read = self._gpus_read, self._read_gpus(now)
+        on: dict[int, list[_Attempt]] = {}
+        for known in self._attempts.values():
+            pids = known.processes().values() if known.is_alive() else ()
+            if pids or not known.gpus:  # whose processes are gone was where it was
+                known.gpus = frozenset(gpu.index for gpu in gpus_of(list(self._gpus_read.values()), pids))
+            for index in known.gpus:
+                on.setdefault(index, []).append(known)
+        for index, gpu in self._gpus_read.items():
+            joules = energy(gpu, before[index]) if index in before else None
+            if joules is None:
+                continue
+            for known in on.get(index, ()):
+                known.joules[index] = known.joules.get(index, 0.0) + joules / len(on[index])
+
+    def _record_rest(self, attempt: AttemptId, known: _Attempt) -> None:
+        """What it used since its last values. An attempt shorter than the first sample has nothing else."""
+        run, number = attempt
+        rest = {f"system/gpu_{index}/energy_joules": joules for index, joules in sorted(known.joules.items())}
+        if rest and not known.is_given_up and (known.step is not None or number == 1):
+            self._record_safely(known, Owner(run=run, attempt=number, rank=known.node_rank), rest)
 
     def _of_processes(self, now: float) -> dict[int, dict[str, float]]:
         """By pid. One that logs for several ranks (a callback of a trainer, say) is no rank's process."""

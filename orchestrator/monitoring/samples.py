@@ -63,20 +63,18 @@ def values(now: Reading, before: Reading | None) -> dict[str, float]:
     return found
 
 
-def gpu_values(now: GpuReading, before: GpuReading | None, share: float = 1.0) -> dict[str, float]:
-    """Of one GPU. What it cannot tell is left out. `energy_joules` is what was used since `before`, or only in the
-    last `share` of that time."""
+def gpu_values(now: GpuReading, joules: float | None = None) -> dict[str, float]:
+    """Of one GPU, with what a run used of it since the values before. What it cannot tell is left out."""
     prefix = f"system/gpu_{now.index}/"
     percent = None
     if now.memory_used_bytes is not None and now.memory_total_bytes:
         percent = 100 * now.memory_used_bytes / now.memory_total_bytes
-    joules = None if before is None else energy(now, before)
     told = {
         "utilization_percent": now.utilization_percent,
         "memory_used_bytes": now.memory_used_bytes,
         "memory_percent": percent,
         "power_watts": now.power_watts,
-        "energy_joules": None if joules is None else joules * share,
+        "energy_joules": joules,
         "temperature_celsius": now.temperature_celsius,
     }
     return {prefix + name: float(value) for name, value in told.items() if value is not None}

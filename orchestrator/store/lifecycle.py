@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 import psycopg
-from psycopg.types.json import Jsonb
+from psycopg.types.json import Json, Jsonb
 
 from orchestrator.errors import ConfigError, NotFound, RunExists, RunIsActive
 from orchestrator.records import TERMINAL, TRANSITIONS, RunSpec, RunStatus, RunTicket
@@ -86,6 +86,8 @@ def open_attempt(cursor: Cursor, spec: RunSpec, now: float, lease_seconds: float
     )
     set_params(cursor, run, attempt, user, spec.params)
     set_tags(cursor, run, user, spec.tags)
+    if attempt > 1 or spec.alerts:
+        _watch(cursor, run, attempt, spec.alerts)
     add_event(
         cursor, run, attempt=attempt, at=at, kind="status", user=user,
         message=f"attempt {attempt}: {status} -> {RunStatus.running}",
@@ -214,6 +216,23 @@ def move(
         message=f"{old} -> {new}" + (f": {clean_text(reason)}" if reason else ""), details={"old": old, "new": new},
     )  # fmt: skip
     return Move.done, old
+
+
+def _watch(cursor: Cursor, run: str, attempt: int, alerts: Mapping[str, Any]) -> None:
+    """What is to be told of the run from now on. What was still to be told of the end of the attempt before is dropped:
+    it was not the run's end."""
+    cursor.execute(
+        "DELETE FROM notifications WHERE run_id = %s AND state = 'waiting' AND kind = 'failure' AND tries = 0"
+        " AND attempt < %s",
+        (run, attempt),
+    )
+    if alerts:
+        cursor.execute(
+            "INSERT INTO alert_watches (run_id, attempt, place, alerts) VALUES (%s, %s, %s, %s)"
+            " ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, place = excluded.place,"
+            " alerts = excluded.alerts, done_at = NULL",
+            (run, attempt, clean_text(alerts.get("place", "")), Json(clean_json(dict(alerts)))),
+        )
 
 
 def set_params(cursor: Cursor, run: str, attempt: int, user: str, params: Mapping[str, Any]) -> None:

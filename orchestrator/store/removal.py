@@ -25,7 +25,8 @@ LOCK_WAIT = "60s"
 
 # In this order: what refers to another row goes before it.
 _BY_RUN = (
-    "artifacts", "checkpoints", "events", "notes", "tags", "params", "queue", "sink_cursors", "attempts",
+    "artifacts", "checkpoints", "events", "notes", "tags", "params", "queue", "sink_cursors", "notifications", "alerts",
+    "alert_watches", "attempts",
 )  # fmt: skip
 _BY_NUMBER = ("metric_chunks", "metric_levels", "metric_summaries")
 

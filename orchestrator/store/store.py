@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID
@@ -12,9 +12,11 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
+from orchestrator.alert_records import AlertRow, Claimed, NotificationRow, Posting, TurnRow, Watched
 from orchestrator.errors import IllegalTransition, NotFound, SchemaMismatch
 from orchestrator.records import Batch, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.store import (
+    alerts,
     checkpoints,
     integrity,
     lags,
@@ -305,6 +307,11 @@ class Store:
         with self._writing() as connection:
             return sweeps.decisions(connection, sweep, after=after, limit=limit)
 
+    def sweep_energy(self, sweep: str) -> float | None:
+        """Joules that GPUs used for its trials, as far as it is recorded; None where nothing is."""
+        with self._writing() as connection:
+            return sweeps.energy(connection, sweep)
+
     def sweep_requests(self, sweep: str) -> tuple[RequestRow, ...]:
         """Oldest first, answered ones too."""
         with self._writing() as connection:
@@ -562,6 +569,81 @@ class Store:
 
     def unlock(self, sink: str) -> None:
         self._locks.give_back(f"orc.sink.{sink}")
+
+    # -- alerts and the outbox -----------------------------------------------------------------------------------------
+
+    def watched_runs(self, place: str) -> list[Watched]:
+        """Runs that the tracker of this place watches for somebody and of which not everything is told."""
+        with self._writing() as connection:
+            return alerts.watched(connection, place)
+
+    def names_of(self, runs: Collection[str]) -> dict[str, tuple[str, str]]:
+        """Name and experiment of each run that is there."""
+        with self._writing() as connection:
+            return alerts.names_of(connection, runs)
+
+    def put_turn(self, turn: TurnRow, place: str) -> None:
+        """An alert that fired or was resolved, with its event and what is to be sent; once, however often called."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            alerts.put_turn(cursor, turn, place)
+
+    def put_end(self, run: str, attempt: int, postings: Sequence[Posting], place: str, *, now: float) -> None:
+        """What is to be told of an attempt's end, once; nothing more is to come of it."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            alerts.post(cursor, postings, place, now=now)
+            alerts.end_watch(cursor, run, attempt)
+
+    def put_event(
+        self, run: str, *, attempt: int, kind: str, level: str, message: str, details: Mapping[str, Any], now: float
+    ) -> None:
+        """Nothing if the run is gone."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            alerts.event_of(
+                cursor, run, attempt=attempt, kind=kind, level=level, message=message, details=details, now=now
+            )
+
+    def claim_notifications(
+        self, place: str, *, now: float, lease: float, busy: Collection[str] = (), most: int = 8
+    ) -> list[Claimed]:
+        """What is to be sent now, at most one to each channel; see store/alerts.py."""
+        with self._writing() as connection:
+            return alerts.claim(connection, place, now=now, lease=lease, busy=busy, most=most)
+
+    def release_notifications(self, place: str, *, now: float) -> None:
+        """What the process before had claimed is due again. Only one process may have the place."""
+        with self._writing() as connection:
+            alerts.release(connection, place, now=now)
+
+    def next_notification(self, place: str) -> float | None:
+        """When the next one is due; None if nothing waits."""
+        with self._writing() as connection:
+            return alerts.next_due(connection, place)
+
+    def notification_sent(self, claimed: Claimed, *, now: float) -> None:
+        with self._writing() as connection, connection.cursor() as cursor:
+            alerts.sent(cursor, claimed, now=now)
+
+    def notification_failed(self, claimed: Claimed, error: str, *, now: float, again_at: float | None) -> None:
+        """`again_at` None: nobody tries again, and an event says so."""
+        with self._writing() as connection, connection.cursor() as cursor:
+            if again_at is None:
+                alerts.given_up(cursor, claimed, error, now=now)
+            else:
+                alerts.try_again(cursor, claimed, error, at=again_at)
+
+    def alerts(
+        self, runs: Collection[str] | None = None, *, only_firing: bool = True, limit: int = 1000
+    ) -> tuple[AlertRow, ...]:
+        """Of these runs, of all by default; newest firing first."""
+        with self._writing() as connection:
+            return alerts.alerts(connection, runs=runs, only_firing=only_firing, limit=limit)
+
+    def notifications(
+        self, run: str | None = None, *, only_unsent: bool = True, limit: int = 1000
+    ) -> tuple[NotificationRow, ...]:
+        """Newest first."""
+        with self._writing() as connection:
+            return alerts.notifications(connection, run=run, only_unsent=only_unsent, limit=limit)
 
     # -- merging -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import psycopg
 from psycopg.rows import dict_row
-from psycopg.types.json import Json
+from psycopg.types.json import Json, Jsonb
 
 from orchestrator.errors import NotFound, SweepTaken
 from orchestrator.records import RunStatus, RunTicket
@@ -255,6 +255,11 @@ def _mark(cursor: Cursor, given: SweepStep, tickets: Mapping[int, RunTicket]) ->
         ticket = tickets.get(job.number)
         if ticket is None:
             continue
+        # What was recorded of source and packages is the sweep's, once for all of its trials.
+        cursor.execute(
+            "UPDATE attempts SET provenance = provenance || %s WHERE run_id = %s AND attempt = %s",
+            (Jsonb({"sweep": given.sweep, "of": given.sweep}), ticket.run, ticket.attempt),
+        )
         tags = {"orc.sweep": given.sweep, "orc.trial": job.trial, "orc.rung": job.rung}
         lifecycle.set_tags(cursor, ticket.run, "", {**tags, **({"orc.repeat": job.repeat} if job.repeat else {})})
         donor = job.clone.get("run")
@@ -337,6 +342,17 @@ def jobs(
             (sweep, after, limit),
         ).fetchall()
     return tuple(JobRow(run=row.pop("run_id") or "", **row) for row in rows)
+
+
+def energy(connection: Connection, sweep: str) -> float | None:
+    """Joules that GPUs used for the runs of its trials, as far as it is recorded; None where nothing is."""
+    row = connection.execute(
+        "SELECT sum(s.sum) FROM metric_summaries s JOIN runs r ON r.number = s.run_number"
+        " WHERE r.sweep_id = %s AND s.key_id IN"
+        r" (SELECT id FROM metric_keys WHERE name LIKE 'system/gpu\_%%/energy\_joules')",
+        (sweep,),
+    ).fetchone()
+    return None if row is None or row[0] is None else float(row[0])
 
 
 def requests(connection: Connection, sweep: str, *, only_open: bool = False) -> tuple[RequestRow, ...]:

@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSON, JSONB
 from sqlalchemy.types import UserDefinedType
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 """Every schema this code knows, oldest first. Kept here so that looking at a database does not need Alembic."""
 HEAD = REVISIONS[-1]
 
@@ -420,6 +420,65 @@ events = Table(
     CheckConstraint("level IN ('debug', 'info', 'warning', 'error')", name="level"),
     Index("events_by_run", "run_id", "id"),
     comment="Append-only: a trigger refuses updates. Rows leave only together with their run.",
+)
+
+alert_watches = Table(
+    "alert_watches",
+    metadata,
+    Column("run_id", Text, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    Column("place", Text, nullable=False),  # whose tracker has the addresses
+    _exact("alerts"),  # rules, and whom to tell; no addresses
+    _created(),
+    _when("done_at"),  # all that was to be told of the run's end is among the notifications
+    Index("alert_watches_open", "place", postgresql_where=text("done_at IS NULL")),
+)
+
+alerts = Table(
+    "alerts",
+    metadata,
+    # How each stands; what happened one after another are the run's events.
+    _run(),
+    Column("rule", Text, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("is_firing", Boolean, nullable=False),
+    Column("number", Integer, nullable=False),  # how often it fired
+    Column("level", Text, nullable=False),
+    _text("message"),
+    Column("value", Double),
+    Column("step", BigInteger),
+    Column("fired_at", DateTime(timezone=True), nullable=False),
+    _when("resolved_at"),
+    PrimaryKeyConstraint("run_id", "rule", "rank", "key"),
+    Index("alerts_firing", "fired_at", postgresql_where=text("is_firing")),
+)
+
+notifications = Table(
+    "notifications",
+    metadata,
+    # The outbox: written in the transaction of what they tell, sent afterwards, more than once if an answer is lost.
+    _number(),
+    _run(),
+    Column("attempt", Integer, nullable=False),
+    Column("key", Text, nullable=False),  # the same each time it is sent: receivers drop what they have
+    Column("subject", Text, nullable=False),  # of one subject the older goes first
+    Column("place", Text, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("notifier", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("notice", JSON, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'waiting'")),
+    Column("tries", Integer, nullable=False, server_default=text("0")),
+    Column("next_at", DateTime(timezone=True), nullable=False),
+    _text("error"),
+    _created(),
+    _when("done_at"),
+    UniqueConstraint("channel", "key"),
+    CheckConstraint("state IN ('waiting', 'sent', 'failed')", name="state"),
+    Index("notifications_waiting", "place", "next_at", postgresql_where=text("state = 'waiting'")),
+    Index("notifications_by_run", "run_id", "id"),
 )
 
 checkpoints = Table(

@@ -7,7 +7,7 @@ wall-clock of all drivers together; `kwh` is what somebody measured. Money follo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.config.settings import BudgetConfig, PricesConfig
 
@@ -40,6 +40,24 @@ class Gang:
 
     def used(self, seconds: float) -> dict[str, float]:
         return {"gpu_hours": seconds * self.gpus / 3600, "cpu_hours": seconds * self.cpus / 3600}
+
+    def seconds(self, spent: Mapping[str, float]) -> float:
+        """In which jobs that hold this have used so much: `used` the other way round."""
+        if self.cpus:
+            return 3600 * float(spent.get("cpu_hours", 0.0)) / self.cpus
+        return 3600 * float(spent.get("gpu_hours", 0.0)) / self.gpus if self.gpus else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What jobs hold and what they took: all that an estimate of the rest is made of."""
+
+    gang: Gang
+    at_once: int = 0
+    """Jobs at the same time; 0: not known."""
+    lane_seconds: float = 0.0
+    """Of all jobs that have ended."""
+    prices: PricesConfig = field(default_factory=PricesConfig)
 
 
 def added(spent: Mapping[str, float], more: Mapping[str, float], prices: PricesConfig) -> dict[str, float]:

@@ -30,7 +30,7 @@ from orchestrator.sweep_records import (
     TrialRow,
 )
 from orchestrator.sweeps import budget, rules
-from orchestrator.sweeps.budget import Gang
+from orchestrator.sweeps.budget import Gang, Work
 from orchestrator.sweeps.jobs import Assigned, Ended, Ending, Ledger
 from orchestrator.sweeps.median import MOST_ROWS
 from orchestrator.sweeps.replay import tellings
@@ -39,6 +39,7 @@ from orchestrator.sweeps.search import Searcher, total
 from orchestrator.sweeps.space import Space
 from orchestrator.sweeps.state import (
     Choice,
+    Continue,
     Decision,
     Direction,
     End,
@@ -46,6 +47,7 @@ from orchestrator.sweeps.state import (
     New,
     Over,
     Scheduler,
+    Settle,
     State,
     Status,
     Trial,
@@ -67,9 +69,10 @@ BEGINNINGS = (Kind.suggest, Kind.assign, Kind.promote, Kind.exploit)
 
 
 class Hold(Protocol):
-    """Keeps a checkpoint of another trial's run from being removed while a job starts from it, or lets it go."""
+    """Keeps a checkpoint of another trial's run from being removed while a job starts from it, or lets it go. False
+    where it is gone."""
 
-    def __call__(self, *, run: str, checkpoint: str, token: str, is_held: bool) -> None: ...
+    def __call__(self, *, run: str, checkpoint: str, token: str, is_held: bool) -> bool: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,6 +99,8 @@ class _Known:
     config_hash: str = ""
     reason: str = ""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    clones: list[list[int]] = field(default_factory=list)
+    """[rung, the trial that it took over there, the rung of that one's checkpoint]"""
     ended_at: float | None = None
     tellings: list[Telling] = field(default_factory=list)
 
@@ -143,7 +148,8 @@ class Core:
 
     `spec_of` makes the RunSpec of a trial's run from (trial, repeat, values), with `new_run`. `renewed` makes the
     searcher anew when samples or space are changed. `params` are those of the base configuration. `gang` is what a job
-    holds. `stopping` is the spec of early stoppers for jobs' judges. `hold` keeps donors' checkpoints.
+    holds, `at_once` how many there is room for, `unmeasured` why nobody measures their energy. `stopping` is the spec
+    of early stoppers for jobs' judges. `hold` keeps donors' checkpoints.
     """
 
     def __init__(
@@ -160,6 +166,8 @@ class Core:
         clock: Clock | None = None,
         params: Mapping[str, Any] | None = None,
         gang: Gang | None = None,
+        at_once: int = 0,
+        unmeasured: str = "",
         renewed: Callable[[SweepConfig, Space], Searcher] | None = None,
         stopping: Mapping[str, Any] | None = None,
         hold: Hold | None = None,
@@ -169,6 +177,7 @@ class Core:
         self._ledger, self._driver, self._spec_of, self._clock = ledger, driver, spec_of, clock or SystemClock()
         self._searcher, self._scheduler, self._renewed = searcher, scheduler, renewed
         self._gang, self._stopping, self._hold = gang or Gang(), dict(stopping or {}), hold
+        self._at_once, self._unmeasured = at_once, unmeasured
         self.facts: dict[str, Any] = dict(record.facts)
         self._is_new = "rules" not in self.facts
         if self._is_new:
@@ -203,8 +212,10 @@ class Core:
         self._began = self._saved = self._clock.monotonic()
         self._wall = self._spent["hours"]
         self._is_renewed = False
+        self._has_news = False
 
         self._resume(record)
+        self._note_work()
 
     @classmethod
     def open(
@@ -284,7 +295,7 @@ class Core:
         limit is near or reached. Gives the words for that, '' where there is nothing to say."""
         self._settle()
         if kwh is not None:
-            self._spent["kwh"] = kwh
+            self._spent["kwh"] = max(kwh, self._spent["kwh"])  # of removed trials nothing is left to measure
         said = self._watch_budget()
         if not said and self._clock.monotonic() - self._saved >= SAVED_EVERY:
             self._commit(self._draft())
@@ -316,16 +327,31 @@ class Core:
             samples=self.state.settings.samples,
             milestones=self.state.settings.asha.milestones if self.state.settings.asha else (),
             reduction=self.state.settings.asha.reduction if self.state.settings.asha else 0,
+            ends_at=self.state.settings.population.max if self.state.settings.population else 0.0,
             seq=self.state.seq,
             trials=tuple(self._rows.values()),
             jobs=tuple(self._open[job].row for job in self._given),
             keys=tuple(each.key for each in self._space.dimensions),
             spent=self.spent,
             currency=self.settings.prices.currency,
+            work=Work(
+                gang=self._gang,
+                at_once=self.facts["work"]["at_once"],
+                lane_seconds=self._gang.seconds(self._spent),
+                prices=self.settings.prices,
+            ),
             failures=dict(Counter(self._failures.values())),
             reason=self._halted(),
             notes=self._notes(),
         )
+
+    def _note_work(self) -> None:
+        """For who shows a sweep that nobody runs: what its jobs hold, and how many there are at once."""
+        most = self.settings.concurrency
+        at_once = min(most or self._at_once, self._at_once or most)
+        work = {"cpus": self._gang.cpus, "gpus": self._gang.gpus, "at_once": at_once}
+        self._has_news |= self.facts.get("work") != work
+        self.facts["work"] = work
 
     def _notes(self) -> tuple[str, ...]:
         found = []
@@ -333,6 +359,8 @@ class Core:
             found.append(f"the searcher goes on, but not as it would have: {self.rebuilt.why}")
         if self.state.settings.asha and not self.facts.get("has_state", True):
             found.append("run.report(…) has no state: trials that are promoted begin anew")
+        if lost := getattr(self._scheduler, "lost", ""):
+            found.append(lost)
         return tuple(found)
 
     # -- what comes next ----------------------------------------------------------------------------------
@@ -352,8 +380,16 @@ class Core:
             self._begin(Kind.assign, trial, repeat, rung, inputs={"owed": [trial, rung, repeat]})
             return
         choice = self._chosen()
+        while isinstance(choice, Continue) and choice.clone and not self._keeps(choice.trial, choice.clone):
+            choice = self._chosen()
         if isinstance(choice, New):
             self._suggest(choice)
+        elif isinstance(choice, Settle):
+            draft, outcome = self._draft(), choice.outcome()
+            self._decide(draft, choice.kind, trial=choice.trial, inputs=choice.inputs, outcome=outcome)
+            draft.trials |= {each["trial"] for each in outcome["stopped"]}
+            self._commit(draft)
+            self._decide_next()
         elif not isinstance(choice, Wait | Over):
             outcome = choice.outcome()
             self._begin(choice.kind, choice.trial, 0, choice.rung, inputs=choice.inputs, outcome=outcome)
@@ -411,17 +447,22 @@ class Core:
         """A new job, with its attempt."""
         draft, job, until = self._draft(), self._next_job, self.state.settings.until(rung)
         said = {"trial": trial, "rung": rung, "until": until, "repeat": repeat, **(outcome or {})}
+        until = said["until"]
         values = said.get("values") or self.state.trials[trial].values
         if spec is None:
             spec = self._spec_of(trial, repeat, values)
             if kind == Kind.exploit:
                 said["config_hash"] = spec.config_hash
         clone = self._clone(kind, trial, said)
-        if clone and self._hold is not None:
-            # Before it is recorded: whatever happens then, the checkpoint is there when somebody wants it.
-            self._hold(run=clone["run"], checkpoint=clone["name"], token=self._token(job), is_held=True)
+        if clone and kind == Kind.assign:
+            self._holds(clone, repeat)
+        if clone and inputs.get("gone"):
+            gone = ", ".join(str(each) for each in inputs["gone"])
+            clone["instead_of"] = f"what trial {gone} had saved is gone"
         judge = self._judge(trial, until)
         self._decide(draft, kind, trial=trial, job=job, inputs=inputs, outcome=said)
+        if clone:
+            clone["since"] = self._attempts[trial, repeat]
         row = JobRow(
             number=job, trial=trial, repeat=repeat, rung=rung, until=until, run=spec.new_run or spec.run,
             attempt=self._attempts[trial, repeat], judge=judge, clone=clone,
@@ -435,6 +476,8 @@ class Core:
         draft, open_ = self._draft(), self._open[job]
         row = open_.row
         spec = self._spec_of(row.trial, row.repeat, self.state.trials[row.trial].values)
+        if row.clone:
+            self._holds(row.clone, row.repeat)
         self._decide(draft, Kind.reopen, trial=row.trial, job=job, outcome={"restarts": open_.restarts})
         judge = {**row.judge, **self._measure_of_judge()}
         attempt = self._attempts[row.trial, row.repeat]
@@ -461,17 +504,69 @@ class Core:
         )  # fmt: skip
 
     def _clone(self, kind: Kind, trial: int, said: Mapping[str, Any]) -> dict[str, Any]:
-        """{"run", "name", "sha256", "step"} of the checkpoint that a job starts from, and the "job" that took it over
-        first: what was trained since is not given up when it is begun once more."""
+        """{"run", "name", "sha256", "step", "trial"} of the checkpoint that a job starts from, and the "job" that took
+        it over first: what was trained since is not given up when it is begun once more."""
         taken: Mapping[str, Any] = said["clone"] if kind == Kind.exploit else {}
         if kind == Kind.assign and self.state.trials[trial].rung == said["rung"]:
-            taken = self.state.trials[trial].clone  # it is begun once more, after somebody held it
-        checkpoint = taken.get("checkpoint") or {}
-        found = {key: checkpoint[key] for key in ("run", "name", "sha256", "step") if key in checkpoint}
-        return {**found, "job": taken.get("job", self._next_job)} if found else {}
+            # The next repeat of it, or it is begun once more, after somebody held it.
+            taken = self.state.trials[trial].clone
+        return self._of_repeat(taken, said["repeat"])
 
-    def _token(self, job: int) -> str:
-        return f"{self.sweep}-{job}"
+    def _of_repeat(self, taken: Mapping[str, Any], repeat: int) -> dict[str, Any]:
+        """What a repeat takes over of a clone in a decision; {} of none."""
+        all_ = taken.get("checkpoints")
+        checkpoint = (all_[repeat] if all_ else taken.get("checkpoint")) or {}
+        found = {key: checkpoint[key] for key in ("run", "name", "sha256", "step") if key in checkpoint}
+        return {**found, "trial": taken["trial"], "job": taken.get("job", self._next_job)} if found else {}
+
+    def _keeps(self, trial: int, taken: Mapping[str, Any]) -> bool:
+        """Holds all that a trial takes over, before it is recorded: whatever happens then, it is there when somebody
+        wants it. What is gone already is recorded, and False: something else has to be chosen."""
+        repeats = range(self.state.settings.repeats)
+        for repeat in repeats:
+            clone = self._of_repeat(taken, repeat)
+            if self._holds(clone, repeat):
+                continue
+            for each in repeats[:repeat]:
+                self._lets_go(self._of_repeat(taken, each), each)
+            draft = self._draft()
+            outcome = {"for": trial, "rung": taken["rung"], "run": clone["run"], "checkpoint": clone["name"]}
+            self._decide(draft, Kind.gone, trial=taken["trial"], outcome=outcome)
+            self._commit(draft)
+            return False
+        return True
+
+    def _holds(self, clone: Mapping[str, Any], repeat: int) -> bool:
+        """False where it is gone."""
+        if self._hold is None or not clone:
+            return True
+        token = self._token(clone, repeat)
+        return self._hold(run=clone["run"], checkpoint=clone["name"], token=token, is_held=True)
+
+    def _lets_go(self, clone: Mapping[str, Any], repeat: int) -> None:
+        if self._hold is not None and clone:
+            token = self._token(clone, repeat)
+            self._hold(run=clone["run"], checkpoint=clone["name"], token=token, is_held=False)
+
+    def _keep_milestone(self) -> None:
+        """Out of step, others learn from what a member saved a while ago: its runs keep it until there is a newer one.
+        At its end, or when it has failed, it gives nothing any more."""
+        rules = self.state.settings.population
+        if self._hold is None or rules is None or rules.is_sync or self.state.entered is None:
+            return
+        number, rung = self.state.entered
+        trial = self.state.trials[number]
+        before = max((each for each in trial.results if each < rung), default=None)
+        gives = trial.results[rung].saved if trial.status == Status.waiting else ()
+        for is_held, saved in ((True, gives), (False, () if before is None else trial.results[before].saved)):
+            for repeat, checkpoint in enumerate(saved):
+                if checkpoint and (is_held or checkpoint not in gives):
+                    token = f"{self.sweep}-milestone-{number}-{repeat}"
+                    self._hold(run=checkpoint["run"], checkpoint=checkpoint["name"], token=token, is_held=is_held)
+
+    def _token(self, clone: Mapping[str, Any], repeat: int) -> str:
+        """Of the job that took it over, so that whoever begins it once more holds it by the same."""
+        return f"{self.sweep}-{clone['job']}" + (f"-{repeat}" if self.state.settings.repeats > 1 else "")
 
     # -- the judge of a job -------------------------------------------------------------------------------
 
@@ -528,6 +623,9 @@ class Core:
             if tried < self.settings.restarts:
                 return _Verdict(end=None, status=RunStatus.crashed, reason=words, what="crash", kind=ending.kind)
             words = f"{words} (for the {tried + 1}. time without getting further: sweep.restarts)"
+        if assigned.clone and ending.error.get("type") == "CheckpointMismatch":
+            keys = ", ".join(each.key for each in self._space.dimensions)
+            words = f"{words} Of {keys}, name those that leave the model as it is in sweep.pbt.mutate."
         return _Verdict(end=End.failed, status=RunStatus.failed, reason=words, kind=ending.kind or "error")
 
     def _reached(self, assigned: Assigned, ending: Ending) -> _Verdict:
@@ -544,12 +642,18 @@ class Core:
         if self._scheduler.name == "pbt" and ending.how == Ended.paused and not ending.tally.get("has_state", True):
             self._refusal = "pbt needs run.report(…, state=…): without a state nobody can go on from a checkpoint"
             return _Verdict(end=End.failed, status=RunStatus.failed, reason=self._refusal, kind="no-state")
+        tune = self.state.settings.tune
+        if tune and ending.how == Ended.paused and not ending.tally.get("has_state", True):
+            self._refusal = f"{tune.name} needs run.report(…, state=…): without a state each of its jobs begins anew"
+            return _Verdict(end=End.failed, status=RunStatus.failed, reason=self._refusal, kind="no-state")
         end = {Ended.paused: End.paused, Ended.complete: End.complete, Ended.ended: End.ended}[ending.how]
         reason = ending.reason or str(ending.tally.get("reason") or "")
         if end == End.paused:
             unit, top = self.facts.get("unit", ""), self.state.settings.until(self.state.settings.top)
             whole = f" of {top:g}" if top else ""
             reason = f"waits at rung {assigned.rung} ({_resource(ending.tally):g}{whole} {unit}s)"
+            if tune:
+                reason = f"waits for {tune.name} ({_resource(ending.tally):g} {unit}s)"
         return _Verdict(end=end, status=RunStatus.finished, reason=reason)
 
     def _values(self, tally: Mapping[str, Any]) -> list[float | None]:
@@ -590,30 +694,34 @@ class Core:
             said = {"verdict": tally.get("verdict", ""), "reason": verdict.reason}
             self._decide(draft, Kind.stop, trial=trial, job=job, inputs=tally["compared"], outcome=said)
         reports = [[float(at), number(value)] for at, value in tally.get("reports") or ()]
+        checkpoint = {"run": assigned.ticket.run, **tally["checkpoint"]} if tally.get("checkpoint") else {}
         outcome = {
             "end": verdict.end.value,
             "score": stored(values[0]) if values else None,
             "objectives": [stored(value) for value in values],
             "resource": resource,
             "reason": verdict.reason,
-            "checkpoint": {"run": assigned.ticket.run, **tally["checkpoint"]} if tally.get("checkpoint") else {},
+            "checkpoint": checkpoint,
         }
         if verdict.end == End.failed:
             outcome["kind"] = verdict.kind
         if self._scheduler.name == "median" and assigned.repeat == 0 and verdict.end != End.failed:
             outcome["reports"] = [[at, stored(value)] for at, value in thinned(reports, MOST_ROWS)]
+        if self.state.settings.tune and verdict.end != End.failed:
+            heard = self.state.trials[trial].curve[-1:]
+            fresh = [each for each in reports if not heard or each[0] > heard[0][0]]
+            outcome["reports"] = [[at, stored(value)] for at, value in thinned(fresh, MOST_ROWS)]
         kind = Kind.fail if verdict.end == End.failed else Kind.result
         self._decide(draft, kind, trial=trial, job=job, outcome=outcome)
+        self._keep_milestone()
         draft.jobs.append(
             replace(
                 row, status=verdict.end.value, score=plain(values[0]) if values else None, ended_at=self._clock.now(),
                 reports=[[at, plain(value)] for at, value in thinned(reports, MOST_REPORTS)],
             )
         )  # fmt: skip
-        if assigned.clone and self._hold is not None:
-            self._hold(
-                run=assigned.clone["run"], checkpoint=assigned.clone["name"], token=self._token(job), is_held=False
-            )
+        if not (verdict.end == End.cancelled and self.state.trials[trial].is_held):  # else it may still want it
+            self._lets_go(assigned.clone, assigned.repeat)
 
     # -- requests and budgets -----------------------------------------------------------------------------
 
@@ -629,6 +737,7 @@ class Core:
             self._renew()
             # For who shows a sweep without folding it; `rules` are those that it began with.
             self.facts["current"] = rules.to_json(self.state.settings)
+            self._note_work()
             draft.has_facts = True
         self._commit(draft)
         if answer.outcome is not None and answer.outcome.get("stop"):
@@ -644,6 +753,8 @@ class Core:
                 self._decide(draft, Kind.result, trial=row.trial, job=job, outcome=outcome)
                 draft.jobs.append(replace(row, status="cancelled", reason=reason, ended_at=self._clock.now()))
                 draft.trials.add(row.trial)
+                if reason != "held":
+                    self._lets_go(row.clone, row.repeat)
 
     def _unwanted(self) -> list[str]:
         """Runs of jobs that are to end now."""
@@ -676,7 +787,9 @@ class Core:
         for trial in self.state.trials.values():
             if trial.status == Status.waiting and not trial.is_held:
                 # It may still be promoted once the sweep is extended; for people it has come to its end.
-                self._known[trial.number].reason = f"not promoted from rung {trial.rung}"
+                tune = self.state.settings.tune
+                left = f"left waiting by {tune.name}" if tune else f"not promoted from rung {trial.rung}"
+                self._known[trial.number].reason = left
                 draft.trials.add(trial.number)
         self._decide(draft, Kind.over, inputs=inputs, outcome={"reason": reason})
         self._commit(draft)
@@ -693,7 +806,9 @@ class Core:
             # Trials that the searcher was begun with besides stay.
             return self.state.settings.samples + total(settings, space) - total(self.settings, self._space)
 
-        return Standing(state=self.state, settings=self.settings, space=self._space, samples=samples)
+        return Standing(
+            state=self.state, settings=self.settings, space=self._space, samples=samples, unmeasured=self._unmeasured
+        )
 
     def _renew(self) -> None:
         """The searcher and the scheduler, after samples or space have changed."""
@@ -711,8 +826,8 @@ class Core:
     def _draft(self) -> _Draft:
         if self._is_new:
             self.facts["current"] = self.facts["rules"]
-        draft = _Draft(after=self.state.seq, has_facts=self._is_new)
-        self._is_new = False
+        draft = _Draft(after=self.state.seq, has_facts=self._is_new or self._has_news)
+        self._is_new = self._has_news = False
         return draft
 
     def _decide(
@@ -821,6 +936,8 @@ class Core:
             self._fold_request(row)
         elif kind == Kind.budget:
             self._said.add(outcome["mark"])
+        elif kind == Kind.tune:
+            self._fold_tune(row)
         found = tellings(self.state, decision, self._told)
         for trial, telling in found:
             self._known[trial].tellings.append(telling)
@@ -836,6 +953,8 @@ class Core:
         known, repeat = self._known[trial], int(outcome.get("repeat", 0))
         known.reason, known.ended_at = "", None
         known.config_hash = outcome.get("config_hash", known.config_hash)
+        if kind == Kind.exploit:
+            known.clones.append([int(outcome["rung"]), outcome["clone"]["trial"], outcome["clone"]["rung"]])
         self._attempts[trial, repeat] += 1
         self._open[job] = _Open(
             row=JobRow(
@@ -853,6 +972,15 @@ class Core:
         if trial.status not in (Status.running, Status.waiting):
             known.ended_at = row.at or self._clock.now()
         self._note_failure(trial, outcome.get("kind", ""))
+
+    def _fold_tune(self, row: DecisionRow) -> None:
+        for each in row.outcome["stopped"]:
+            known, trial = self._known[each["trial"]], self.state.trials[each["trial"]]
+            if trial.status in (Status.complete, Status.stopped) and known.ended_at is None:
+                at = max((result.resource for result in trial.results.values()), default=0.0)
+                how = "all that there is" if each["is_whole"] else f"stopped by {self._scheduler.name}"
+                known.reason = f"{how}: {at:g} {self.facts.get('unit', '')}s"
+                known.ended_at = row.at or self._clock.now()
 
     def _fold_request(self, row: DecisionRow) -> None:
         outcome = row.outcome
@@ -884,7 +1012,7 @@ class Core:
         trial, known = self.state.trials[number], self._known[number]
         scored = [rung for rung, result in trial.results.items() if result.is_finite]
         best = trial.results[max(scored)] if scored else None
-        is_left = trial.status == Status.waiting and known.reason.startswith("not promoted")
+        is_left = trial.status == Status.waiting and known.reason.startswith(("not promoted", "left waiting"))
         return TrialRow(
             number=number, values=trial.values, status=(Status.stopped if is_left else trial.status).value,
             is_held=trial.is_held, origin=known.origin, config_hash=known.config_hash, run=known.run, rung=trial.rung,
@@ -893,6 +1021,7 @@ class Core:
             scores={
                 "rungs": [[k, r.resource, plain(r.score), r.n] for k, r in sorted(trial.results.items())],
                 "objectives": self._named(best.objectives) if best else {},
+                **({"clones": list(known.clones)} if known.clones else {}),
             },
             checkpoint={key: known.checkpoint[key] for key in ("run", "name") if key in known.checkpoint},
             reason=known.reason, ended_at=known.ended_at,

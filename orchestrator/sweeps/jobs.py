@@ -28,7 +28,8 @@ class Assigned:
     judge: Mapping[str, Any] = field(default_factory=dict)
     """What `training.judging.judge` takes; plain JSON."""
     clone: Mapping[str, Any] = field(default_factory=dict)
-    """{"directory", "name", "sha256"} of the checkpoint that it starts from; empty: its own newest one."""
+    """Of the checkpoint of another run that it starts from, see `execution.worker.Plan.clone`; empty: its own newest
+    one."""
     restarts: int = 0
 
 

@@ -17,15 +17,18 @@ logger = logging.getLogger(__name__)
 
 POLL = 1.0
 """Seconds between two looks at requests and budgets."""
+WATCH_SHARE = 20
+"""After a look of t seconds of a core for who watches, there is none for so many times t."""
 
 
 class Loop:
     """`size` jobs at once, each `run_job(assigned)` in a thread of its own that says how it ended.
 
     All calls of the core come from the thread that calls `run`. `stop_runs` asks the ranks of runs to stop; it is
-    called again with the same ones as long as they run, and must not wait. `watch` gets the view after each look,
-    `on_turn` is called after each look and each ending. An exception of `run_job` is a defect: its job counts as lost,
-    nothing starts any more, and `run` raises it when all has ended.
+    called again with the same ones as long as they run, and must not wait. `watch` gets the view after a look: after
+    each of them, or as often as a twentieth of one core allows, for ten thousand trials take a while to look at.
+    `on_turn` is called after each look and each ending, `kwh` is what was measured in all. An exception of `run_job` is
+    a defect: its job counts as lost, nothing starts any more, and `run` raises it when all has ended.
     """
 
     def __init__(
@@ -38,14 +41,16 @@ class Loop:
         stop_runs: Callable[[Sequence[str]], None] | None = None,
         watch: Callable[[SweepView], None] | None = None,
         on_turn: Callable[[], None] | None = None,
+        kwh: Callable[[], float | None] | None = None,
         period: float = POLL,
     ) -> None:
         self._core, self._size, self._run_job = core, size, run_job
         self._stop, self._stop_runs, self._watch, self._on_turn = stop, stop_runs, watch, on_turn
-        self._period = period
+        self._kwh, self._period = kwh, period
         self._jobs: queue.SimpleQueue[Assigned | None] = queue.SimpleQueue()
         self._endings: queue.SimpleQueue[tuple[int, Ending]] = queue.SimpleQueue()
         self._broken: BaseException | None = None
+        self._show_at = 0.0
 
     def run(self) -> None:
         """Until the sweep is over, or was stopped and nothing runs. Raises SweepTaken, and what the core raises."""
@@ -94,11 +99,14 @@ class Loop:
             raise SweepTaken(self._core.sweep, "another driver")
         if polled.stops and self._stop_runs is not None:
             self._stop_runs(polled.stops)
-        said = self._core.spend()
+        said = self._core.spend(kwh=self._kwh() if self._kwh else None)
         if said:
             logger.warning("%s", said, extra={"sweep": self._core.sweep})
-        if self._watch is not None:
+        now = time.monotonic()
+        if self._watch is not None and now >= self._show_at:
+            began = time.thread_time()
             self._watch(self._core.view())
+            self._show_at = now + WATCH_SHARE * (time.thread_time() - began)
         self._turn()
 
     def _turn(self) -> None:

@@ -98,7 +98,12 @@ class _Ranking:
 
 class PopulationScheduler:
     """Needs the space, to explore. A failed member goes on as a copy of a good one, and stays failed where there is no
-    good one; a member that was held or added while the others went on takes nothing over until it is with them."""
+    good one; a member that was held or added while the others went on takes nothing over until it is with them.
+
+    With repeats a member is all its runs: their mean is ranked, and each of them goes on from the donor's run of the
+    same repeat. A donor of which one run has no checkpoint, because it failed or because somebody deleted it, gives
+    nothing; the decision names it in `gone`.
+    """
 
     name = "pbt"
     survives = "everything: members, generations and what was taken over are rows"
@@ -170,6 +175,8 @@ class PopulationScheduler:
             and (donor.rung == rung or not rules.is_sync)
             and donor.number != trial.number
         ]
+        gone = [donor.number for donor, _, result in donors if not result.can_give]
+        donors = [(donor, rung, result) for donor, rung, result in donors if result.can_give]
         if not donors:
             return None
         label = ("pbt", trial.rung, trial.number)
@@ -179,7 +186,7 @@ class PopulationScheduler:
             trial=trial.number,
             rung=rung + 1,
             until=settings.until(rung + 1),
-            clone={"trial": donor.number, "rung": rung, "checkpoint": dict(result.checkpoint)},
+            clone={"trial": donor.number, "rung": rung, **result.given()},
             values=explored(self._space, donor.values, rules, seed=settings.seed, label=label),
             inputs={
                 **self._inputs(state, trial, ranking),
@@ -188,6 +195,7 @@ class PopulationScheduler:
                 "donors": [each.number for each, _, _ in donors],
                 "before": dict(trial.values),
                 "of_donor": dict(donor.values),
+                **({"gone": gone} if gone else {}),
             },
         )
 

@@ -52,6 +52,8 @@ class Standing:
     space: Space
     samples: Callable[[SweepConfig, Space], int]
     """How many trials it would have in all with these. May raise ConfigError."""
+    unmeasured: str = ""
+    """Why nobody measures the energy of its trials."""
 
 
 class Refused(Exception):
@@ -109,6 +111,8 @@ def _set(details: Mapping[str, Any], standing: Standing) -> Answer:
             raise Refused(f"sweep.{key} is a number, not {value!r}")
     if not given and domains is None:
         raise Refused("it says nothing")
+    if given.get("budget.kwh") and standing.unmeasured:
+        raise Refused(f"sweep.budget.kwh would limit nothing: {standing.unmeasured}")
     after = changed(standing.settings, given)
     outcome: dict[str, Any] = {}
     told: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.config.names import did_you_mean
 from orchestrator.config.settings import Resource, Score, SweepConfig
@@ -14,15 +14,26 @@ from orchestrator.sweeps.fifo import Fifo
 from orchestrator.sweeps.median import MedianStopping
 from orchestrator.sweeps.population import PopulationScheduler, checked
 from orchestrator.sweeps.space import Space
-from orchestrator.sweeps.state import Asha, Direction, Median, Population, Scheduler, Settings
+from orchestrator.sweeps.state import Asha, Direction, Median, Population, Scheduler, Settings, Tune
 from orchestrator.tracking.live import planned
 
 NAMES = ("fifo", "asha", "median", "pbt")
 """Ours; `tune:NAME` names one of Tune's."""
+TUNE = "tune:"
+CHANGING = ("pbt", "tune:pbt", "tune:pb2")
+"""Those that change a trial's values while it trains."""
 
 
-def scheduler_for(settings: SweepConfig, space: Space) -> Scheduler:
-    """Raises ConfigError for a name that is none of ours."""
+class Library(Protocol):
+    """Makes the schedulers that need a library: `tune:NAME`."""
+
+    def __call__(self, settings: SweepConfig, space: Space) -> Scheduler:
+        """Raises ConfigError for what there is not, or what it does not take."""
+        ...
+
+
+def scheduler_for(settings: SweepConfig, space: Space, *, library: Library | None = None) -> Scheduler:
+    """Raises ConfigError for a name that nobody knows, and for `tune:NAME` where no library makes it."""
     match settings.scheduler:
         case "fifo":
             return Fifo()
@@ -32,7 +43,11 @@ def scheduler_for(settings: SweepConfig, space: Space) -> Scheduler:
             return MedianStopping()
         case "pbt":
             return PopulationScheduler(space)
-    near = did_you_mean(settings.scheduler, NAMES) or f"There are {', '.join(NAMES)}."
+    if settings.scheduler.startswith(TUNE):
+        if library is None:
+            raise ConfigError("sweep.scheduler", settings.scheduler, "needs Ray Tune, and this place has none.")
+        return library(settings, space)
+    near = did_you_mean(settings.scheduler, NAMES) or f"There are {', '.join(NAMES)}, and tune:NAME."
     raise ConfigError("sweep.scheduler", settings.scheduler, "there is no such scheduler.", near)
 
 
@@ -53,9 +68,6 @@ def rules_for(settings: SweepConfig, *, samples: int, seed: int, params: Mapping
         rungs = milestones(rule.min, max(most, rule.min), rule.reduction)
         return dataclasses.replace(found, asha=Asha(milestones=rungs, reduction=rule.reduction, is_open=not rule.max))
     if settings.scheduler == "pbt":
-        if settings.seeds > 1:
-            why = "a member of a population is one run."
-            raise ConfigError("sweep.seeds", settings.seeds, why, "Use sweep.seeds=1 with sweep.scheduler=pbt.")
         pbt = settings.pbt
         population = Population(
             interval=pbt.interval, max=pbt.max or own_end("sweep.pbt.max", settings, params), is_open=not pbt.max,
@@ -63,6 +75,13 @@ def rules_for(settings: SweepConfig, *, samples: int, seed: int, params: Mapping
             mutate=tuple(pbt.mutate),
         )  # fmt: skip
         return dataclasses.replace(found, population=checked(population, samples))
+    if settings.scheduler.startswith(TUNE):
+        if settings.seeds > 1:
+            why = f"{settings.scheduler} knows one run per trial."
+            raise ConfigError("sweep.seeds", settings.seeds, why, "Use sweep.seeds=1, or a scheduler of ours.")
+        steps, epochs = planned(params)
+        end = {Resource.step: steps, Resource.report: 0}.get(settings.resource, epochs)
+        return dataclasses.replace(found, tune=Tune(name=settings.scheduler, max=float(end or 0)))
     return found
 
 
@@ -80,7 +99,8 @@ def own_end(key: str, settings: SweepConfig, params: Mapping[str, Any]) -> float
 
 def score_of(settings: SweepConfig) -> Score:
     """Which value of a job's reports counts. Where jobs end at milestones it is the one there."""
-    return Score.last if settings.scheduler in ("asha", "pbt") else settings.score
+    is_last = settings.scheduler in ("asha", "pbt") or settings.scheduler.startswith(TUNE)
+    return Score.last if is_last else settings.score
 
 
 def to_json(rules: Settings) -> dict[str, Any]:
@@ -88,7 +108,7 @@ def to_json(rules: Settings) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> Settings:
-    asha, population = raw["asha"], raw["population"]
+    asha, population, tune = raw["asha"], raw["population"], raw.get("tune")
     return Settings(
         **{
             **raw,
@@ -100,5 +120,6 @@ def from_json(raw: Mapping[str, Any]) -> Settings:
             )
             if population
             else None,
+            "tune": Tune(**tune) if tune else None,
         }
     )

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Direction(StrEnum):
@@ -63,9 +63,13 @@ class Kind(StrEnum):
     retry = "retry"
     reopen = "reopen"
     """Another attempt of a job that has not ended. `retry` says why it needs one, where the driver lived to see it."""
+    gone = "gone"
+    """A checkpoint that another trial was to go on from is not there any more."""
     request = "request"
     budget = "budget"
     over = "over"
+    tune = "tune"
+    """What a scheduler of Ray Tune said to the end of a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +112,20 @@ class Population:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tune:
+    """A scheduler of Ray Tune, which says at each job's end what comes next: a rung is one job, and none is highest."""
+
+    name: str
+    """tune:NAME."""
+    max: float = 0.0
+    """Where the train function ends by itself, in units of the resource; 0: nobody knows."""
+
+
+MOST_RUNGS = 10**9
+"""Where there is no highest one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What the schedulers are told. `version` grows with every change, so that a decision says which it followed."""
 
@@ -120,10 +138,13 @@ class Settings:
     asha: Asha | None = None
     median: Median = Median()
     population: Population | None = None
+    tune: Tune | None = None
 
     @property
     def top(self) -> int:
         """The highest rung."""
+        if self.tune:
+            return MOST_RUNGS
         if self.asha:
             return len(self.asha.milestones) - 1
         return self.population.generations - 1 if self.population else 0
@@ -223,7 +244,28 @@ class Over:
         return {"reason": self.reason}
 
 
-Choice = New | Promote | Continue | Wait | Over
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """What becomes of a trial whose job has ended, and of others at the same time. No job follows from it by itself."""
+
+    trial: int
+    rung: int
+    """-1 where it was no job's end that others are stopped for."""
+    action: str
+    """continue, pause, stop, complete, failed, gone."""
+    stopped: Sequence[Mapping[str, Any]] = ()
+    """[{"trial", "is_whole": whether it has had all that it may have}]."""
+    takes: Sequence[Mapping[str, Any]] = ()
+    """[{"trial", "clone", "values"}]: what trials go on with when their next job begins, see `Continue`."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    kind: Kind = Kind.tune
+
+    def outcome(self) -> dict[str, Any]:
+        stopped, takes = [dict(each) for each in self.stopped], [dict(each) for each in self.takes]
+        return {"rung": self.rung, "action": self.action, "stopped": stopped, "takes": takes}
+
+
+Choice = New | Promote | Continue | Wait | Over | Settle
 
 
 class Scheduler(Protocol):
@@ -255,10 +297,28 @@ class Result:
     objectives: tuple[float, ...] = ()
     """One per objective, means over the repeats; the first is the score."""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    """Of repeat 0; empty where it has none, or none any more."""
+    checkpoints: tuple[Mapping[str, Any], ...] = ()
+    """Of each repeat, where there are several."""
 
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.score)
+
+    @property
+    def saved(self) -> tuple[Mapping[str, Any], ...]:
+        """The checkpoint of each repeat."""
+        return self.checkpoints or (self.checkpoint,)
+
+    @property
+    def can_give(self) -> bool:
+        """Whether another trial can go on from it: each of its repeats from the same one here."""
+        return all(self.saved)
+
+    def given(self) -> dict[str, Any]:
+        """What a clone says of it in a decision."""
+        several = {"checkpoints": [dict(each) for each in self.checkpoints]} if self.checkpoints else {}
+        return {"checkpoint": dict(self.checkpoint), **several}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -285,6 +345,27 @@ class Trial:
         if self.is_held or self.status not in (Status.proposed, Status.waiting):
             return False
         return self.rung not in self.results
+
+
+class Happened(NamedTuple):
+    """Something that a scheduler with a memory of its own has to hear of, in this order, to know what it knew."""
+
+    what: str
+    """room (`more` is the number of trials in all), exhausted, begun (`more` is the trial's values), ended (`more` is
+    a `JobEnd`), settled (`more` is what was decided then), held, freed, gone, again."""
+    trial: int = -1
+    rung: int = -1
+    more: Any = None
+
+
+class JobEnd(NamedTuple):
+    """How a trial stood at the end of a rung."""
+
+    status: Status
+    has_returned: bool
+    result: Result
+    points: Sequence[tuple[float, float]]
+    """(resource, score) of the reports since the rung before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,7 +445,7 @@ class State:
         self.settings = settings
         self.trials: dict[int, Trial] = {}
         self.open: dict[int, OpenJob] = {}
-        self.rungs: list[Rung] = [Rung() for _ in range(settings.top + 1)]
+        self.rungs: list[Rung] = self._empty_rungs()
         self.seq = -1
         """Of the newest decision."""
         self.is_exhausted = False
@@ -373,6 +454,10 @@ class State:
         """(trial, rung) that the newest decision has brought to its end."""
         self.curves: list[int] = []
         """Trials that are complete or stopped and have a curve, in the order of their ends."""
+        self.story: list[Happened] = [Happened("room", more=settings.samples)] if settings.tune else []
+        """For schedulers of Tune, else empty."""
+        self.takes: dict[int, Mapping[str, Any]] = {}
+        """Trial -> the clone and values with which its next job begins, where a scheduler of Tune has said so."""
         # What `due` and `owed_repeat` would find in ten thousand trials.
         self._due: set[int] = set()
         self._partial: set[int] = set()
@@ -476,7 +561,8 @@ class State:
             entries = self.rungs[freed[0]].free
             del entries[bisect.bisect_left(entries, freed[1])]
         result = trial.results.get(trial.rung)
-        if trial.status == Status.waiting and not trial.is_held and result is not None and result.is_finite:
+        is_ranked = result is not None and result.is_finite and not self.settings.tune
+        if trial.status == Status.waiting and not trial.is_held and result is not None and is_ranked:
             entry = rank(self.settings.direction, trial.number, result.score)
             bisect.insort(self.rungs[trial.rung].free, entry)
             self._free[trial.number] = trial.rung, entry
@@ -493,6 +579,7 @@ class State:
             case Kind.suggest:
                 if outcome.get("exhausted"):
                     self.is_exhausted = True
+                    self._tell("exhausted")
                     return
                 new = _given(decision.trial, "trial")
                 if new in self.trials:
@@ -506,8 +593,31 @@ class State:
                 job = self.open.pop(_given(decision.job, "job"))
                 self._end(job, decision)
                 self._touch(self.trials[job.trial])
+            case Kind.gone:
+                trial, rung = self.trials[_given(decision.trial, "trial")], int(outcome["rung"])
+                trial.results[rung] = replace(trial.results[rung], checkpoint={}, checkpoints=())
+                self.takes.pop(int(outcome["for"]), None)
             case Kind.request:
                 self._obey(outcome)
+            case Kind.tune:
+                self._settle(decision)
+
+    def _tell(self, what: str, trial: int = -1, rung: int = -1, more: Any = None) -> None:
+        if self.settings.tune:
+            self.story.append(Happened(what, trial, rung, more))
+
+    def _settle(self, decision: Decision) -> None:
+        outcome = decision.outcome
+        for each in outcome["stopped"]:
+            trial = self.trials[each["trial"]]
+            if trial.status == Status.waiting:
+                trial.status = Status.complete if each["is_whole"] else Status.stopped
+                trial.has_returned = True
+                self._note_curve(trial)
+                self._touch(trial)
+        for each in outcome["takes"]:
+            self.takes[each["trial"]] = {"clone": each["clone"], "values": each["values"]}
+        self._tell("settled", _given(decision.trial, "trial"), more=outcome)
 
     def _begin(self, decision: Decision) -> None:
         trial, outcome = self.trials[_given(decision.trial, "trial")], decision.outcome
@@ -519,8 +629,10 @@ class State:
             trial.clone = {**outcome["clone"], "job": job}
         elif rung > trial.rung:
             trial.clone = {}
+        self.takes.pop(trial.number, None)
         trial.rung = max(trial.rung, rung)
         trial.status = Status.running
+        self._tell("begun", trial.number, rung, dict(trial.values))
         self.open[job] = OpenJob(number=job, trial=trial.number, rung=rung, repeat=int(outcome.get("repeat", 0)))
         self._touch(trial)
 
@@ -531,7 +643,10 @@ class State:
         end = End.failed if decision.kind == Kind.fail else End(outcome["end"])
         if end == End.cancelled:
             trial.status = Status.waiting if trial.is_held else Status.cancelled
+            if not trial.is_held:
+                self._tell("gone", trial.number)
             return
+        heard = len(trial.curve)
         if job.repeat == 0:
             # A job's reports are those of its repeat's whole life.
             known = trial.curve[-1][0] if trial.curve else -math.inf
@@ -547,6 +662,8 @@ class State:
             parts = [trial.parts[repeat] for repeat in sorted(trial.parts)]
             trial.parts = {}
             self._enter(trial, job.rung, parts)
+            said = JobEnd(trial.status, trial.has_returned, trial.results[job.rung], tuple(trial.curve[heard:]))
+            self._tell("ended", trial.number, job.rung, said)
 
     def _enter(self, trial: Trial, rung: int, parts: Sequence[Mapping[str, Any]]) -> None:
         """All repeats are in: the mean of those that have a score counts, unless half of them have none."""
@@ -561,6 +678,7 @@ class State:
             spread=statistics.stdev(scores) if counts and len(scores) > 1 else 0.0,
             objectives=_means([part.get("objectives", ()) for part in scored]) if counts else (),
             checkpoint=parts[0]["checkpoint"],
+            checkpoints=tuple(part["checkpoint"] for part in parts) if len(parts) > 1 else (),
         )
         self.entered = trial.number, rung
         ends = {part["end"] for part in whole}
@@ -577,17 +695,22 @@ class State:
 
     def _place(self, trial: Trial, rung: int) -> None:
         """What has nothing left to train counts in all higher rungs at once."""
+        if self.settings.tune:
+            return
         last = self.settings.top if trial.has_returned and rung == trial.rung else rung
         for each in range(rung, last + 1):
             self.rungs[each].enter(self.settings.direction, trial.number, trial.results[rung].score)
 
     def _rank_all(self) -> None:
         """`_touch` has to follow for all."""
-        self.rungs = [Rung() for _ in range(self.settings.top + 1)]
+        self.rungs = self._empty_rungs()
         self._free = {}
         for trial in self.trials.values():
             for rung in sorted(trial.results):
                 self._place(trial, rung)
+
+    def _empty_rungs(self) -> list[Rung]:
+        return [] if self.settings.tune else [Rung() for _ in range(self.settings.top + 1)]
 
     def _obey(self, outcome: Mapping[str, Any]) -> None:
         changes = outcome.get("settings")
@@ -597,10 +720,13 @@ class State:
             trial, what = self.trials[each["trial"]], each["what"]
             if what == "hold":
                 trial.is_held = True
+                self._tell("held", trial.number)
             elif what == "continue":
                 trial.is_held = False
+                self._tell("freed", trial.number)
             elif what == "stop":
                 trial.status = Status.cancelled
+                self._tell("gone", trial.number)
             elif what == "retry":
                 self._retry(trial)
             self._touch(trial)
@@ -610,6 +736,7 @@ class State:
         if "samples" in changes:
             after = replace(after, samples=int(changes["samples"]))
             self.is_exhausted = False
+            self._tell("room", more=after.samples)
         if "milestones" in changes and after.asha:
             after = replace(after, asha=replace(after.asha, milestones=tuple(map(float, changes["milestones"]))))
         if "median" in changes:
@@ -628,7 +755,10 @@ class State:
         if trial.status != Status.failed:
             return
         gone = trial.results.pop(trial.rung)
-        self.rungs[trial.rung].leave(self.settings.direction, trial.number, gone.score)
         trial.status = Status.waiting
+        if self.settings.tune:
+            self._tell("again", trial.number)
+            return
+        self.rungs[trial.rung].leave(self.settings.direction, trial.number, gone.score)
         if not self.settings.top:
             trial.curve = []  # its next attempt reports all of it again, its checkpoint's part from memory

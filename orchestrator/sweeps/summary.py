@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.sweep_records import JobRow, TrialRow
+from orchestrator.sweeps.budget import Work, added
 from orchestrator.sweeps.importance import Importance, importance
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 20
 """Trials in the table: those that run, then the best."""
 MOST_KEYS = 6
-LEAST_ENDED = 3
-"""Before so many jobs have ended, how long it takes is not said."""
+OVER = ("complete", "stopped", "failed", "cancelled")
+"""Status of trials that nobody goes on with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class SweepView:
     milestones: Sequence[float] = ()
     """Of ASHA, lowest first."""
     reduction: int = 0
+    ends_at: float = 0.0
+    """Of PBT: where every member ends, in units of the resource."""
     seq: int = -1
     """Of the newest decision."""
     trials: Sequence[TrialRow] = ()
@@ -44,6 +47,8 @@ class SweepView:
     """What is searched."""
     spent: Mapping[str, float] = field(default_factory=dict)
     currency: str = "USD"
+    work: Work | None = None
+    """None: nothing is known of what its jobs take."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Kind -> how many trials failed so."""
     reason: str = ""
@@ -121,25 +126,78 @@ def importances(view: SweepView) -> Importance:
     return importance([tables[rung] for rung in sorted(tables, reverse=True)], view.keys)
 
 
-def seconds_left(view: SweepView, lanes: int, ended: Sequence[tuple[float, float]]) -> float | None:
-    """About how long it still takes: what is left of the resource at the pace of the last 20 jobs, which are (resource,
-    lane seconds), oldest first. None where that cannot be said."""
-    paces = [seconds / resource for resource, seconds in ended[-20:] if resource > 0 and seconds > 0]
-    whole = planned_resource(view)
-    if len(paces) < LEAST_ENDED or whole is None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What a sweep still takes, about. Example: str(Left(trials=15, seconds=720, money=0.4, currency="USD"))
+    == "about 12 min and 0.40 USD for the 15 trials that are left"."""
+
+    trials: int
+    """That have not come to their end."""
+    seconds: float | None = None
+    """By the clock; None where nobody says how many run at once."""
+    gpu_hours: float = 0.0
+    cpu_hours: float = 0.0
+    money: float = 0.0
+    currency: str = ""
+
+    def __str__(self) -> str:
+        which = "trial that is" if self.trials == 1 else f"{self.trials} trials that are"
+        return f"about {self.cost} for the {which} left"
+
+    @property
+    def cost(self) -> str:
+        parts = [] if self.seconds is None else [_duration(self.seconds)]
+        if self.money:
+            parts.append(f"{_amount(self.money)} {self.currency}")
+        elif self.gpu_hours:
+            parts.append(f"{_amount(self.gpu_hours)} GPU-hours")
+        else:
+            parts.append(f"{_amount(self.cpu_hours)} CPU-hours")
+        return " and ".join(parts)
+
+
+def left(view: SweepView) -> Left | None:
+    """From what ended jobs took for each unit of the resource, or where only the functions know their ends, for each
+    trial. None before anything has ended, and where nothing is left."""
+    work = view.work
+    over = sum(trial.status in OVER for trial in view.trials)
+    trials = view.samples - over
+    if work is None or work.lane_seconds <= 0 or trials <= 0:
         return None
-    had = sum(trial.resource for trial in view.trials)
-    return max(whole - had, 0.0) * statistics.median(paces) / max(lanes, 1)
+    whole, had = whole_resource(view), sum(trial.resource for trial in view.trials)
+    if whole is not None and had > 0:
+        seconds = work.lane_seconds / had * max(whole - had, 0.0)
+    elif over and whole is None:
+        seconds = work.lane_seconds / over * trials
+    else:
+        return None
+    used = added({}, work.gang.used(seconds), work.prices)
+    return Left(
+        trials=trials,
+        seconds=seconds / min(work.at_once, trials) if work.at_once else None,
+        gpu_hours=used["gpu_hours"],
+        cpu_hours=used["cpu_hours"],
+        money=used["money"],
+        currency=work.prices.currency,
+    )
 
 
-def planned_resource(view: SweepView) -> float | None:
-    """Epochs, reports or steps of all trials together, at most. None where only the functions know."""
+def whole_resource(view: SweepView) -> float | None:
+    """Epochs, reports or steps of all trials together, at most, where the rules of the sweep say so."""
     if view.milestones and view.reduction:
         total, count, before = 0.0, view.samples, 0.0
         for resource in view.milestones:
             total += count * (resource - before)
             count, before = count // view.reduction, resource
         return total
+    return view.ends_at * view.samples if view.ends_at else None
+
+
+def planned_resource(view: SweepView) -> float | None:
+    """The same, else by the lengths of those that are complete. None where only the functions know."""
+    whole = whole_resource(view)
+    if whole is not None:
+        return whole
     lengths = [trial.resource for trial in view.trials if trial.status == "complete" and trial.resource > 0]
     return statistics.fmean(lengths) * view.samples if lengths else None
 
@@ -158,6 +216,8 @@ def lines(view: SweepView, *, width: int = 120, shown: int = SHOWN, lanes: Seque
     if important.shares:
         shares = "  ".join(f"{key} {share:.0%}" for key, share in important.ranked[:MOST_KEYS])
         found.append(f" importance  {shares}   (n = {important.n})")
+    if rest := left(view):
+        found.append(f" left  {rest}")
     if lanes:
         found.append(f" lanes  {'   '.join(lanes)}")
     if view.failures:
@@ -178,20 +238,21 @@ def ended_line(view: SweepView, trial: TrialRow) -> str:
 
 def to_json(view: SweepView) -> dict[str, Any]:
     """All of it, with what is computed from it."""
-    important, best = importances(view), best_of(view)
+    important, best, rest = importances(view), best_of(view), left(view)
     return {
         **asdict(view),
         "counts": dict(Counter(trial.status for trial in view.trials)),
         "best": asdict(best[0]) if best else None,
         "rungs": [asdict(rung) for rung in rungs(view)],
         "history": history(view),
+        "left": asdict(rest) if rest else None,
         "importance": {"shares": dict(important.shares), "n": important.n, "why": important.why},
     }
 
 
 def _head(view: SweepView) -> str:
     counts = Counter(trial.status for trial in view.trials)
-    over = sum(counts[status] for status in ("complete", "stopped", "failed", "cancelled"))
+    over = sum(counts[status] for status in OVER)
     had = sum(trial.resource for trial in view.trials)
     whole = planned_resource(view)
     of = f" of ~{whole:.0f}" if whole else ""
@@ -205,6 +266,8 @@ def _head(view: SweepView) -> str:
     parts.append(f"{gpu:.2f} GPU-hours" if gpu else f"{cpu:.2f} CPU-hours")
     if money:
         parts.append(f"{money:.2f} {view.currency}")
+    if kwh := view.spent.get("kwh", 0.0):
+        parts.append(f"{kwh:.3g} kWh")
     return "  ".join(part for part in parts if part)
 
 
@@ -232,10 +295,16 @@ def _table(view: SweepView, shown: int) -> list[str]:
     for trial in order:
         status = "held" if trial.is_held else trial.status
         values = [_number(trial.values[key]) if key in trial.values else "–" for key in keys]
-        why = "" if status in ("running", "complete") else trial.reason
+        why = _taken_over(trial) if status in ("running", "complete") else trial.reason
         rows.append([str(trial.number), status, f"{trial.resource:g}", _number(trial.score), *values, why])
     left = len(view.trials) - len(order)
     return _aligned(rows) + ([f"… and {left} more"] if left > 0 else [])
+
+
+def _taken_over(trial: TrialRow) -> str:
+    """From which members of a population it has learned, in order."""
+    donors = ", ".join(str(donor) for _, donor, _ in trial.scores.get("clones", ()))
+    return f"took over from trial {donors}" if donors else ""
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -251,3 +320,16 @@ def _number(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    """Roughly: what is said of it is no better."""
+    for unit, length, most in (("s", 1.0, 100.0), ("min", 60.0, 100 * 60.0), ("hours", 3600.0, 48 * 3600.0)):
+        if seconds < most:
+            amount = seconds / length
+            return f"{amount:.1f} {unit}" if unit == "hours" and amount < 10 else f"{amount:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _amount(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"

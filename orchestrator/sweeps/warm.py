@@ -39,6 +39,10 @@ class Warm:
     """(values, one score per objective), the best by the first objective first."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Why -> how many."""
+    points: int = 0
+    """How many of them are tried again."""
+    told: int = 0
+    """How many the searcher begins with."""
 
 
 def warm(earlier: Iterable[Earlier], space: Space, objectives: Sequence[tuple[str, Direction]]) -> Warm:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.backends.sinks import ArtifactFacts, DatasetFacts, RunFacts, Series, Target
+from orchestrator.failures.explain import five_lines
 from orchestrator.store.views import AttemptRow, ChunkRow, FactChanges, FeedPosition, SummaryRow
 from orchestrator.tracking.curves import Arrays, Lineage, Reduction, joined
 from orchestrator.tracking.decimation import Decimator
@@ -384,7 +385,8 @@ def facts_of(changes: FactChanges, before: RunFacts | None = None) -> RunFacts:
     return RunFacts(
         id=run.run, experiment=run.experiment, name=run.name, project=run.project,
         parent=next((parent for parent, kind in run.parents.items() if kind == "parent"), ""),
-        status=run.status, reason=run.reason, error=_error_text(run.error), attempt=run.attempt,
+        status=run.status, reason=run.reason, error=_error_text(run.error),
+        failure=_failure(run.error), attempt=run.attempt,
         start_ms=_ms(run.created if run.started is None else run.started),
         end_ms=None if run.ended is None else _ms(run.ended),
         user=run.user, source=source, description=run.description,
@@ -404,7 +406,7 @@ def attempt_facts(run: RunFacts, row: AttemptRow) -> RunFacts:
     return RunFacts(
         id=run.id, experiment=run.experiment, name=f"{run.name} attempt {row.attempt}", project=run.project,
         parent=run.id, attempt_of=run.id, attempt=row.attempt, status=row.status, reason=row.reason,
-        error=_error_text(row.error), start_ms=_ms(row.started),
+        error=_error_text(row.error), failure=_failure(row.error), start_ms=_ms(row.started),
         end_ms=None if row.ended is None else _ms(row.ended), user=row.user or run.user, source=run.source,
         datasets=datasets, config_hash=row.config_hash, directory=run.directory, job=row.job, host=host, git=git,
         version=run.version,
@@ -466,6 +468,10 @@ def _error_text(error: Mapping[str, Any] | None) -> str:
     rank = error.get("rank")
     text = ": ".join(str(error[name]) for name in ("type", "message") if error.get(name))
     return f"rank {rank}: {text}" if rank is not None else text
+
+
+def _failure(error: Mapping[str, Any] | None) -> dict[str, str]:
+    return {"kind": str(error.get("kind") or "unknown"), **dict(five_lines(error))} if error else {}
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from orchestrator.alerts.service import AlertService
 from orchestrator.backends import open_live
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import ServiceUnavailable, UserError
@@ -99,6 +100,8 @@ class TrackerService:
         """Runs whose attempts began since stop requests were last asked for."""
         self._live = LiveValues()
         self._publisher = LivePublisher(self._live, lambda: open_live(redis_url)) if redis_url else None
+        log = Path(log_directory)
+        self.alerts = AlertService(open_store(database_url), log.with_name(f"{log.name}-addresses.json"), self._clock)
         self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap, self._on_piece)
         self._stopped = threading.Event()
         self._arrived, self._hurries = threading.Event(), threading.Event()
@@ -116,7 +119,10 @@ class TrackerService:
     def start(self) -> None:
         # The committer computes. Who waits for an acknowledgement must not wait 5 ms for the interpreter each time.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH))
-        loops = {"committer": self._commit_loop, "leases": self._lease_loop}
+        loops = {
+            "committer": self._commit_loop, "leases": self._lease_loop, "alerts": self.alerts.run,
+            "outbox": self.alerts.run_outbox,
+        }  # fmt: skip
         if self._publisher is not None:
             loops["live"] = self._publisher.run
         for name, loop in loops.items():
@@ -130,10 +136,12 @@ class TrackerService:
         self._arrived.set()
         if self._publisher is not None:
             self._publisher.stop()
+        self.alerts.stop()
         for thread in self._threads:
             thread.join(timeout=10)
         self._log.close()
         self._store.close()
+        self.alerts.close()
 
     def _commit_loop(self) -> None:
         """Commits what arrives: at once what came after a second of silence, every second what trickles in."""
@@ -183,8 +191,9 @@ class TrackerService:
             self._admission.recovered(batch, now)
             if batch.stream is Stream.facts and _tells_the_end(batch):
                 self._ended.add((batch.run, batch.attempt))
-            if batch.stream is Stream.points and position > self._committer.position:
-                waiting += batch.count
+            if position > self._committer.position:
+                self.alerts.take(batch)
+                waiting += batch.count if batch.stream is Stream.points else 0
         self._progress.accepted(waiting, self._log.synced, now)
         self._is_doubtful = len(self._admission) > 0  # what was committed once may be more than the database has now
 
@@ -324,6 +333,7 @@ class TrackerService:
 
     def _watch(self, batch: Batch) -> None:
         self._live.take(batch)
+        self.alerts.take(batch)
         if batch.stream is Stream.facts and _tells_the_end(batch):
             attempt = (batch.run, batch.attempt)
             self._ended.add(attempt)
@@ -373,12 +383,14 @@ class TrackerService:
 
     def open_run(self, spec: RunSpec) -> RunTicket:
         """Creates the run, or its next attempt. Raises ServiceUnavailable, NotFound, IllegalTransition."""
+        spec = self.alerts.prepared(spec)
         ticket = self._store.open_attempt(spec, now=self._clock.now(), lease_seconds=spec.lease)
         self._begin(ticket, spec)
         return ticket
 
     def open_runs(self, specs: Sequence[RunSpec]) -> list[RunTicket]:
         """`open_run` for many at once: all of them, or none."""
+        specs = [self.alerts.prepared(spec) for spec in specs]
         tickets = self._store.open_attempts(specs, now=self._clock.now())
         for ticket, spec in zip(tickets, specs, strict=True):
             self._begin(ticket, spec)
@@ -391,6 +403,7 @@ class TrackerService:
         self._leases.begin(attempt, self._clock.monotonic(), spec.lease)
         self._claim(attempt)
         self._live.opened(ticket, spec)
+        self.alerts.opened(ticket, spec)
 
     def heartbeat(self, run: str, attempt: int) -> bool:
         """The attempt's driver is alive. True if the run should stop."""
@@ -419,11 +432,14 @@ class TrackerService:
     def sweep_step(self, step: SweepStep) -> dict[int, RunTicket]:
         """Stores what a sweep's driver decided. What it opens is looked after as what `open_run` opens is, until the
         step that closes it. Sent again it changes nothing. Raises ServiceUnavailable, SweepTaken, NotFound."""
+        if any(spec.alerts for _, spec in step.opens):
+            step = replace(step, opens=tuple((job, self.alerts.prepared(spec)) for job, spec in step.opens))
         tickets = self._store.sweep_step(step, now=self._clock.now())
         for end in step.closes:
             attempt = (end.run, end.attempt)
             self._forget(attempt)
             self._live.ended(end.run, end.attempt, RunStatus(end.status))
+            self.alerts.ended(end.run, end.attempt, RunStatus(end.status), end.reason, end.error)
         for job, spec in step.opens:
             if job in tickets:
                 self._begin(tickets[job], spec)
@@ -514,6 +530,7 @@ class TrackerService:
             self._store.transition(run, number, RunStatus.crashed, reason=reason, now=self._clock.now())
             logger.warning("run %s attempt %d is CRASHED: %s", run, number, reason)
             self._live.ended(run, number, RunStatus.crashed)
+            self.alerts.ended(run, number, RunStatus.crashed, reason)
         except ServiceUnavailable:
             raise
         except UserError as error:
@@ -549,6 +566,7 @@ class TrackerService:
             "committed_per_second": committed,
             "database": self._committer.failure or "ok",
             "refused_batches": self._refused,
+            "alerts": self.alerts.health(),
         }
 
 

@@ -94,8 +94,17 @@ class ShardedLoader(DataLoader[Any]):
     """
 
     def __init__(
-        self, loader: DataLoader[Any], *, rank: int, world_size: int, seed: int, device: torch.device, even: bool = True
+        self,
+        loader: DataLoader[Any],
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device,
+        even: bool = True,
+        splits: int = 1,
     ) -> None:
+        """`splits`: into how many parts, at least, the batches of a training loader are divided; see `self.splits`."""
         self._rank, self._world_size, self._target, self._even = rank, world_size, device, even
         self._seed = seed if loader.generator is None else loader.generator.initial_seed()
         self._used = 0  # samples of the running pass over all ranks; batches, if the sampler is not ours
@@ -108,6 +117,8 @@ class ShardedLoader(DataLoader[Any]):
         """Who takes the time of a pass that begins; None: nobody."""
         self._own: ShardedSampler | None = self._sampler_for(loader)
         self._epoch, self._passes = 0, 0
+        self.splits = parts(loader.batch_size or 1, splits) if self.can_split else 1
+        """How many batches are one of the user's."""
         settings: dict[str, Any] = {
             "dataset": loader.dataset, "num_workers": loader.num_workers, "collate_fn": loader.collate_fn,
             "pin_memory": loader.pin_memory, "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
@@ -115,7 +126,8 @@ class ShardedLoader(DataLoader[Any]):
             "prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers,
         }  # fmt: skip
         if self._own is not None:
-            settings |= {"sampler": self._own, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+            size = loader.batch_size and loader.batch_size // self.splits
+            settings |= {"sampler": self._own, "batch_size": size, "drop_last": loader.drop_last}
         elif isinstance(loader.dataset, IterableDataset) or type(loader.batch_sampler) is BatchSampler:
             settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
             if not isinstance(loader.dataset, IterableDataset):
@@ -142,6 +154,11 @@ class ShardedLoader(DataLoader[Any]):
     @property
     def is_shuffled(self) -> bool:
         return self._own is not None and self._own._shuffle
+
+    @property
+    def can_split(self) -> bool:
+        """Whether smaller batches are of use, and how they follow each other is ours to say."""
+        return self.is_shuffled
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass; a restored position in this very epoch stays."""
@@ -251,6 +268,11 @@ def _was_raised_at(error: BaseException, places: tuple[_Place, ...]) -> bool:
         if (frame, code) in passed:
             return instruction in passed[frame, code]
     return False
+
+
+def parts(size: int, least: int) -> int:
+    """The least number of equal parts of a batch that is not below `least`; its size where there are no so many."""
+    return next((count for count in range(max(least, 1), size) if size % count == 0), size) if least > 1 else 1
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -28,6 +28,11 @@ CHECKPOINT_METRICS: Mapping[str, Mapping[str, str]] = {
 """What is recorded when one is due: how long training stood still for it, how long of that it copied, and
 how many were skipped so far."""
 
+MICRO_BATCH_METRICS: Mapping[str, Mapping[str, str]] = {
+    "perf/micro_batch": {"unit": "samples", "reduction": "mean"},
+}
+"""Where the train function divides its batches by `run.accumulate`: samples of a rank's micro-batch."""
+
 WINDOW = 1.0
 """Seconds of training that one recorded point covers, at least."""
 _LONG = 4.0
@@ -152,6 +157,21 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
     if device.type == "cuda":
         return lambda: float(torch.cuda.max_memory_allocated(device))
     return _peak_of_process
+
+
+def memory_now(device: torch.device) -> Callable[[], float]:
+    """How to ask for the bytes that are in use now. Asking does not wait for the GPU."""
+    if device.type == "cuda":
+        return lambda: float(torch.cuda.memory_allocated(device))
+    return _memory_of_process
+
+
+def _memory_of_process() -> float:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return float(file.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _peak_of_process() -> float:

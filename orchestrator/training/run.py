@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -30,18 +30,28 @@ from orchestrator.checkpoints.staging import Stager
 from orchestrator.checkpoints.state import TrainState
 from orchestrator.checkpoints.triggers import FULL, Moment, improved, reasons_to_save
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.errors import BadMetric, UserError
+from orchestrator.errors import BadMetric, ConfigError, RunFailed, UserError
+from orchestrator.failures.rules import KINDS
 from orchestrator.provenance import datasets
 from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
 from orchestrator.training import seeds
 from orchestrator.training.group import Group, Value
+from orchestrator.training.guards import Diverged, Finding
 from orchestrator.training.judging import Action, Judge, Report, Verdict
 from orchestrator.training.loader import ShardedLoader
-from orchestrator.training.pace import CHECKPOINT_METRICS, METRICS, Pace, peak_memory
+from orchestrator.training.pace import (
+    CHECKPOINT_METRICS,
+    METRICS,
+    MICRO_BATCH_METRICS,
+    Pace,
+    memory_now,
+    peak_memory,
+)
 from orchestrator.training.pointers import Pointers
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.steps import OptimizerSteps
+from orchestrator.training.watching import Watch, Watching
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +109,10 @@ class Decision:
     action: Action = Action.go
     """What the judge says; a wish to stop goes before it."""
     why: str = ""
+    wrong: str = ""
+    """Why the attempt is to fail; goes before the judge."""
+    good: int = 0
+    """With `wrong`: the last step at which all was well."""
 
     @property
     def must(self) -> bool:
@@ -111,15 +125,16 @@ class Decision:
 
     def to_json(self) -> str:
         return json.dumps(
-            (self.reasons, self.is_best, self.stop, self.best, self.announced, self.pointer, self.action, self.why)
-        )
+            (self.reasons, self.is_best, self.stop, self.best, self.announced, self.pointer, self.action, self.why,
+             self.wrong, self.good)
+        )  # fmt: skip
 
     @classmethod
     def from_json(cls, text: str) -> Decision:
-        reasons, is_best, stop, best, announced, pointer, action, why = json.loads(text)
+        reasons, is_best, stop, best, announced, pointer, action, why, wrong, good = json.loads(text)
         return cls(
             reasons=tuple(reasons), is_best=is_best, stop=stop, best=best, announced=announced, pointer=pointer,
-            action=Action(action), why=why,
+            action=Action(action), why=why, wrong=wrong, good=good,
         )  # fmt: skip
 
 
@@ -149,16 +164,20 @@ class Run:
         config_hash: str = "",
         device: torch.device | str | None = None,
         accumulation_steps: int = 1,
+        splits: int = 1,
         perf: bool = False,
         pointers: Pointers | None = None,
         judge: Judge | None = None,
+        watch: Watch | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `stager`
         takes checkpoints from training's hands; without one a save writes before it returns. `spool_directory`: where
         the record hears of a checkpoint that became durable after this process was gone. `perf` records how fast
         it goes; see pace.py. `pointers` hear of checkpoints; given on all ranks or on none, as is `judge`, which may
-        pause or end the training; see judging.py."""
+        pause or end the training; see judging.py. `splits`: into how many micro-batches each batch of a prepared
+        training DataLoader is divided, so that `accumulation_steps` grows and the global batch stays. `watch`: what the
+        guards watch for; see guards.py."""
         self._pointers = pointers
         self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
         self._clock = clock or SystemClock()
@@ -167,8 +186,8 @@ class Run:
             torch.cuda.set_device(self._device)
         self._group = Group(rank, world_size)
         self._seed = seed
-        self.accumulation_steps = accumulation_steps
-        """Micro-batches per optimizer step; see `accumulate`."""
+        self._accumulation_steps = accumulation_steps
+        self._splits, self._micro_batch_told = splits, False
         self._policy = checkpoints or CheckpointPolicy()
         self._storage = Storage(ticket.directory)
         self._checkpoints = CheckpointEngine(
@@ -188,6 +207,8 @@ class Run:
         self._datasets: dict[str, dict[str, Any]] = {}
         self._state: TrainState | None = None
         self._generators: dict[str, Any] | None = None
+        self._divided = 1
+        """Micro-batches that one batch of the user's is divided into."""
         self._step, self._logged = 0, False
         self._epoch, self._first_epoch = 0, 0
         self._micro_batch = 0
@@ -205,6 +226,8 @@ class Run:
         self._pace = Pace(self._record_pace, peak_memory(self._device)) if perf else None
         self._explained: set[str] = set()
         self._judge = judge
+        tell, memory = self._tell_finding, memory_now(self._device)
+        self._watching = Watching(watch, tell, memory, self._clock) if watch else None
         self._verdict = Verdict(Action.go)
         """The judge's last word, on all ranks."""
         self._uses_epochs = self._ended_in_epochs = False
@@ -333,6 +356,8 @@ class Run:
                     f"rank 0 called run.report with a state, rank {self.rank} without: give it on every rank."
                 )
             info = self._save_or_tell(state, numbers, decision)
+        if decision.wrong:
+            raise Diverged(decision.wrong, self._step, decision.good)
         if decision.stop or decision.action is not Action.go:
             self._obey(decision)
         if self._state is not None and self._policy.on_exception:
@@ -377,6 +402,8 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
         """
+        if not self._micro_batch_told:
+            self._tell_micro_batch()
         self._micro_batch += 1
         ends = any(loader.is_last_batch for loader in self._loaders)
         is_complete = ends or self._micro_batch >= self.accumulation_steps
@@ -387,6 +414,25 @@ class Run:
                 if not is_complete and isinstance(model, DistributedDataParallel):
                     stack.enter_context(model.no_sync())
             yield is_complete
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step; see `accumulate`. What is set is multiplied by the parts into which a batch
+        had to be divided, so it is known once the training DataLoader is prepared."""
+        return self._accumulation_steps * self._divided
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, count: int) -> None:
+        self._accumulation_steps = count
+
+    def _tell_micro_batch(self) -> None:
+        """So that the driver knows what could be halved."""
+        for loader in self._loaders:
+            if loader.is_active and loader.can_split and loader.batch_size is not None:
+                self._micro_batch_told = True
+                self._explain(MICRO_BATCH_METRICS)
+                self._recorder.log({"perf/micro_batch": float(loader.batch_size)}, self._step)
+                return
 
     def epochs(self, count: int) -> Iterator[int]:
         """0, 1, … count-1; after a resume only those that are left, the interrupted one first.
@@ -438,6 +484,8 @@ class Run:
             state.loader = shuffled[0]
         self._state = state
         self._optimizer_steps.watch(optimizer, *(extra or {}).values(), *more.values())
+        if self._watching is not None and self.is_main:
+            self._watching.optimizers(optimizer, *(extra or {}).values(), *more.values())
         if self._resume:
             stored = self._checkpoints.restore(state)
             if stored is not None:
@@ -469,11 +517,11 @@ class Run:
         Nothing in it is collective, the other ranks may be dead: each saves its part, and there is a checkpoint once
         all ranks have done so at the same step. Without one, earlier checkpoints stay the newest. Gives None, with
         nothing saved, if nothing changed since the newest one, if parameters hold nan or inf, if an optimizer's step
-        is under way, and for exceptions with `checkpoints.on_exception` false.
+        is under way, for what a guard found, and for exceptions with `checkpoints.on_exception` false.
         """
         is_exception = isinstance(error, BaseException)
         state, steps = self._state, self._optimizer_steps
-        if state is None or (is_exception and not self._policy.on_exception):
+        if state is None or (is_exception and not self._policy.on_exception) or isinstance(error, Diverged):
             return None
         try:
             self._checkpoints.await_own(_SETTLE)
@@ -546,6 +594,14 @@ class Run:
             raise UserError(f"run.event: level is {level!r}; it is debug, info, warning or error.")
         data = {"kind": kind, "message": message, "level": level, "step": self._step, "details": _json(details)}
         self._tell(FactKind.event, data)
+
+    def fail(self, kind: str, message: str) -> NoReturn:
+        """Ends the attempt as a failure of that kind, whose policy follows. Raises RunFailed on this rank; the others
+        hear of it as of any exception. Raises ConfigError for a kind that there is not. Example:
+        run.fail("data_error", "shard 7 is empty")."""
+        if kind not in KINDS:
+            raise ConfigError("run.fail", kind, "there is no such kind of failure.", f"Known: {', '.join(KINDS)}.")
+        raise RunFailed(kind, message)
 
     def metric(self, name: str, *, unit: str = "", direction: str = "", reduction: str = "") -> None:
         """Says what a metric means: its unit, which `direction` is better (min, max), how ranks are reduced (mean,
@@ -679,6 +735,7 @@ class Run:
 
     def _progress(self) -> dict[str, Any]:
         progress: dict[str, Any] = {"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged}
+        progress["splits"] = self._divided
         if self._judge is not None and self.is_main:  # rank 0's is what is stored
             progress["judge"] = self._judge.state()
         return progress
@@ -705,6 +762,7 @@ class Run:
         if self.is_main:
             now = self._moment(metrics)
             stop = self._recorder.stop_requested()
+            wrong = self._watching.reported(metrics, self._step) if self._watching is not None else ""
             reasons = reasons_to_save(self._policy, now, self._saved) if has_state else ()
             reasons += ("best",) if best and has_state else ()
             reasons += ("stop",) if stop and (has_state or self._state is not None) and self._policy.on_stop else ()
@@ -718,16 +776,23 @@ class Run:
                     Report(metrics, self._step, now.epochs_done, self._uses_epochs, can_save)
                 )
                 reasons += ("rung",) if action is Action.pause and can_save else ()
+            wrong = "" if stop else wrong
+            if wrong:
+                reasons, action = (), Action.go
             announced = self._checkpoints.announce(self._step) if reasons else ""
             decision = Decision(
                 reasons=reasons, is_best=is_better or best, stop=stop, best=_text(self._best), announced=announced,
-                pointer=self._pointers.due() if self._pointers else "", action=action, why=why,
+                pointer=self._pointers.due() if self._pointers else "", action=action, why=why, wrong=wrong,
+                good=self._watching.good if self._watching is not None else 0,
             )  # fmt: skip
         decision = Decision.from_json(self._group.share(decision.to_json()))
         if decision.pointer and self._pointers:
             self._pointers.put(decision.pointer)
         self._best = None if decision.best is None else float(decision.best)
         return decision
+
+    def _tell_finding(self, finding: Finding) -> None:
+        self.event("guard", finding.what, level="warning", rule=finding.rule.value, key=finding.key)
 
     def _moment(self, metrics: Mapping[str, float]) -> Moment:
         done = self._epoch + self._epoch_complete()
@@ -832,7 +897,9 @@ class Run:
         manifest = stored.manifest
         self._step, self._epoch = manifest.step, manifest.epoch
         self._first_epoch = manifest.epoch + manifest.epoch_complete
-        self._micro_batch, self._logged = stored.progress["micro_batch"], stored.progress["logged"]
+        # What stands in micro-batches of then is meant in those of now.
+        done = stored.progress["micro_batch"] * self._divided / stored.progress.get("splits", 1)
+        self._micro_batch, self._logged = int(done), stored.progress["logged"]
         self._best = None if stored.progress["best"] is None else float(stored.progress["best"])
         why = self._why_relaxed(stored)
         same_world = manifest.world_size == self.world_size
@@ -881,8 +948,11 @@ class Run:
             return self._prepared_model(thing)
         if isinstance(thing, DataLoader):
             loader = ShardedLoader(
-                thing, rank=self.rank, world_size=self.world_size, seed=self._seed, device=self._device, even=even
-            )
+                thing, rank=self.rank, world_size=self.world_size, seed=self._seed, device=self._device, even=even,
+                splits=self._splits,
+            )  # fmt: skip
+            if loader.splits > self._divided:
+                self._divided = loader.splits
             loader.pace = self._pace_of
             self._loaders.append(loader)
             return loader

@@ -19,7 +19,7 @@ class OptimizerSteps:
 
     def watch(self, *things: Any) -> None:
         """Optimizers, or dicts of them; whatever else there is among them has no steps to count."""
-        for optimizer in _optimizers(things):
+        for optimizer in optimizers(things):
             if optimizer not in self._watched:
                 self._watched.add(optimizer)
                 optimizer.register_step_pre_hook(self._begin)
@@ -33,9 +33,10 @@ class OptimizerSteps:
         self.count += 1
 
 
-def _optimizers(things: Any) -> Iterator[Any]:
+def optimizers(things: Any) -> Iterator[Any]:
+    """Those among `things`, and in dicts among them."""
     for thing in things:
         if isinstance(thing, Mapping):
-            yield from _optimizers(thing.values())
+            yield from optimizers(thing.values())
         elif hasattr(thing, "register_step_pre_hook") and hasattr(thing, "register_step_post_hook"):
             yield thing

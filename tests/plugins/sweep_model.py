@@ -13,7 +13,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from orchestrator.sweeps.median import compare
@@ -100,8 +100,8 @@ class World:
     """Share of jobs that go wrong, in one of four ways."""
     may_return_early: bool = True
     curve: Callable[[Mapping[str, Any], float], float] = score
-    skill: dict[tuple[int, int], float] = field(default_factory=dict)
-    """For populations, (trial, rung) -> what its checkpoint has learnt."""
+    skill: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    """For populations, (trial, rung, repeat) -> what its checkpoint has learnt."""
 
     def seconds(self, job: Job) -> float:
         return 0.5 + share(self.seed, "seconds", (job.trial, job.rung, job.repeat)) * (1 + job.rung)
@@ -131,10 +131,15 @@ class World:
 
     def train_member(self, job: Job) -> Ending:
         """A member learns by what its values are worth, from where it or its donor was. Its score is a loss."""
-        wrong = share(self.seed, "wrong", (job.trial, job.rung, 0))
-        before = self.skill[job.clone] if job.clone else self.skill.get((job.trial, job.rung - 1), 0.0)
+        key = (job.trial, job.rung, job.repeat)
+        wrong = share(self.seed, "wrong", key)
+        before = self.skill.get((job.trial, job.rung - 1, job.repeat), 0.0)
+        if job.clone:
+            before = self.skill[*job.clone, job.repeat]
         now = before + 1.0 - abs(job.values["x"] - 0.3) + (0.1 if job.values["kind"] == "b" else 0.0)
-        self.skill[job.trial, job.rung] = now
+        if job.repeat:
+            now += 0.3 * share(self.seed, "luck", key)
+        self.skill[key] = now
         end = End.complete if job.until is None else End.paused
         if wrong < self.trouble * 0.5:
             return Ending(End.failed, math.nan, 0.0)
@@ -227,7 +232,7 @@ class Loop:
             "score": ending.score if math.isfinite(ending.score) else str(ending.score),
             "resource": ending.resource,
             "reports": list(ending.reports),
-            "checkpoint": {"name": f"{job.trial}-{job.rung}"},
+            "checkpoint": {} if ending.end == End.failed else {"name": f"{job.trial}-{job.rung}"},
         }
         kind = Kind.fail if ending.end == End.failed else Kind.result
         self.decide(kind, trial=job.trial, job=job.number, outcome=outcome)
@@ -263,7 +268,7 @@ class Loop:
         outcome = decision.outcome
         judge = self.scheduler.judge(self.state, decision.trial)
         self.judges[decision.job] = judge
-        clone = outcome.get("clone")
+        clone = outcome.get("clone") or (self.state.trials[decision.trial].clone if outcome.get("repeat") else None)
         return Job(
             number=decision.job, trial=decision.trial, rung=outcome["rung"], until=outcome["until"],
             values=self.state.trials[decision.trial].values, repeat=outcome.get("repeat", 0),
@@ -448,19 +453,36 @@ def population_by_hand(
 ) -> dict[tuple[int, int], tuple[Any, ...]]:
     """Synchronous, generation by generation, without lanes: (member, generation) -> (values, donor, how it ended,
     score as text). A quarter at each end."""
+    table = repeated_by_hand(seed, members, generations, train, 1)
+    return {key: (values, donor, ends[0], scores[0]) for key, (values, donor, ends, scores) in table.items()}
+
+
+def repeated_by_hand(
+    seed: int, members: int, generations: int, train: Callable[[Job], Ending], repeats: int
+) -> dict[tuple[int, int], tuple[Any, ...]]:
+    """The same where each member is so many runs, with how each ended and each score. Their mean counts, unless half of
+    them have none; a donor gives something to each run of the other one."""
     table: dict[tuple[int, int], tuple[Any, ...]] = {}
     jobs = {m: Job(m, m, 0, 1.0, suggested(seed, m)) for m in range(members)}
     living = list(range(members))
     last: dict[int, Ending] = {}
+    gives: dict[int, bool] = {}
     for g in range(generations):
         for m in living:
-            last[m] = train(jobs[m])
+            runs = [train(replace(jobs[m], repeat=r)) for r in range(repeats)]
+            scores = [run.score for run in runs if run.end != "failed" and not math.isnan(run.score)]
+            mean = statistics.fmean(scores) if 2 * len(scores) > repeats else math.nan
+            failed = sum(run.end == "failed" for run in runs)
+            last[m] = Ending("failed" if 2 * failed >= repeats else "paused", mean, 0.0)
+            gives[m] = failed == 0
             clone = jobs[m].clone
             donor = clone[0] if clone else None
-            table[m, g] = (dict(jobs[m].values), donor, str(last[m].end), repr(last[m].score))
+            table[m, g] = (
+                dict(jobs[m].values), donor, [str(run.end) for run in runs], [repr(run.score) for run in runs]
+            )  # fmt: skip
         order = sorted(living, key=lambda m: (math.isnan(last[m].score), last[m].score if last[m].score > 0 else 0, m))
         ends = min(max(1, math.ceil(len(order) * 0.25)), len(order) // 2)
-        top = [m for m in order[:ends] if not math.isnan(last[m].score)]
+        top = [m for m in order[:ends] if not math.isnan(last[m].score) and gives[m]]
         bad = [m for m in living if m in order[len(order) - ends :] or math.isnan(last[m].score)]
         following = {}
         for m in living:

@@ -1,4 +1,4 @@
-"""A real MLflow server for whoever asks: one for the session. `mlflow_server.kill()` and `.start()` make an outage."""
+"""A real MLflow server for the session, whose `kill()` and `start()` make outages; a stack without Ray per module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugins.local_stack import LocalStack
 from tests.plugins.mlflow_server import MlflowServer
 
 
@@ -20,3 +21,10 @@ def mlflow_server() -> Iterator[MlflowServer]:
     yield server
     server.kill()
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def local(schema_url: str) -> Iterator[LocalStack]:
+    stack = LocalStack.make(schema_url)
+    yield stack
+    stack.remove()

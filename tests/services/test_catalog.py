@@ -306,6 +306,8 @@ def test_live_is_what_is_committed_where_there_is_no_redis(catalog: Catalog, rec
 def test_both_give_the_very_same_live_run_and_lags(recorded: Recorded) -> None:
     assert recorded.http.live(recorded.rich.run) == recorded.database.live(recorded.rich.run)
     assert recorded.http.sink_lags() == recorded.database.sink_lags()
+    assert recorded.http.alerts(only_firing=False) == recorded.database.alerts(only_firing=False)
+    assert recorded.http.notifications() == recorded.database.notifications()
 
 
 def test_logs_are_read_from_any_offset(catalog: Catalog, recorded: Recorded) -> None:

@@ -31,13 +31,6 @@ ORC = ("-m", "orchestrator.cli.main")
 STEPS = 15
 
 
-@pytest.fixture(scope="module")
-def local(schema_url: str) -> Iterator[LocalStack]:
-    stack = LocalStack.make(schema_url)
-    yield stack
-    stack.remove()
-
-
 def newest(local: LocalStack) -> RunDetail:
     return local.store.run(local.store.runs(limit=1)[0].run)
 

@@ -6,13 +6,13 @@ import os
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 import orchestrator
+from orchestrator.errors import ConfigError
 from orchestrator.execution.script import RunIsOpen
 from orchestrator.records import RunSpec, RunStatus
 from orchestrator.store.views import RunDetail
@@ -21,13 +21,6 @@ from tests.plugins.local_stack import LocalStack
 from tests.plugins.runs import PROJECT, wait_until
 
 ORC = ("-m", "orchestrator.cli.main")
-
-
-@pytest.fixture(scope="module")
-def local(schema_url: str) -> Iterator[LocalStack]:
-    stack = LocalStack.make(schema_url)
-    yield stack
-    stack.remove()
 
 
 def newest(local: LocalStack) -> RunDetail:
@@ -181,6 +174,24 @@ def test_what_leaves_the_block_says_how_the_run_ended(
 
 def full(*args: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_block_ends_early_where_it_was_told_to(local: LocalStack) -> None:
+    after = []
+    with orchestrator.start_run(home=local.home, stopping={"metric": "loss", "patience": 2}) as run:
+        for _ in run.epochs(9):
+            run.report({"loss": 1.0})
+        after.append(run.step)
+    assert after == [3]
+    found = local.store.run(run.id)
+    assert (found.status, "no better" in found.reason) == (RunStatus.finished, True), found.reason
+    with orchestrator.start_run(home=local.home, stopping={"metric": "loss", "target": 0.3}) as run:
+        for step in range(9):
+            run.report({"loss": 1 / (step + 1)})
+        raise AssertionError("it goes on")
+    assert (local.store.run(run.id).status, local.points(run.id, "loss")[-1]) == (RunStatus.finished, 0.25)
+    with pytest.raises(ConfigError, match="patience"), orchestrator.start_run(stopping={"patienze": 2}):
+        pass
 
 
 def test_what_goes_wrong_at_the_start_leaves_no_run_that_goes_on(

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ from tests.plugins.local_stack import LocalStack
 from tests.plugins.runs import wait_until
 
 SPEC = RunSpec(experiment="local", user="me", params={"lr": 0.1})
-
-
-@pytest.fixture(scope="module")
-def local(schema_url: str) -> Iterator[LocalStack]:
-    stack = LocalStack.make(schema_url)
-    yield stack
-    stack.remove()
 
 
 def logger_of(tracker: LocalTracker, run: str, rank: int = 0) -> Logger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ WORDS = (
     *("train=searched:train", "resources.workers=1", "epochs=3", "pause=0", "lr=loguniform(1e-3,1e-1)"),
     *("sweep.samples=3", "sweep.scheduler=asha", "sweep.objective=[loss:min]", "sweep.concurrency=1"),
 )
-
-
-@pytest.fixture(scope="module")
-def local(schema_url: str) -> Iterator[LocalStack]:
-    stack = LocalStack.make(schema_url)
-    yield stack
-    stack.remove()
 
 
 def table(trials: list[TrialRow]) -> list[Any]:
@@ -104,14 +97,14 @@ def test_bad_trials_fail_alone_and_a_sweep_of_nothing_else_says_why(local: Local
     sweep = "20261122-000000-00000004"
     words = (
         *("train=searched:bad", "resources.workers=1", "kind=raises,exits,hangs", "sweep.objective=[loss:min]"),
-        *("sweep.hang=4", "sweep.concurrency=2", "--run-id", sweep),
+        *("sweep.hang=10", "sweep.concurrency=2", "--run-id", sweep),
     )
     out, err = local.run(*ORC, "sweep", "--local", *words, cwd=PROJECT, code=1, timeout=180)
     assert "all 3 trials failed" in out + err
     assert local.store.run(sweep).status is RunStatus.failed
     trials = list(local.store.sweep_trials(sweep))
     assert [trial.status for trial in trials] == ["failed"] * 3
-    for trial, why in zip(trials, ("cannot be trained", "exit code 3", "no progress for 4 seconds"), strict=True):
+    for trial, why in zip(trials, ("cannot be trained", "exit code 3", "no progress for 10 seconds"), strict=True):
         assert why in trial.reason
 
 

@@ -47,13 +47,6 @@ def world(tmp_path: Path, database_url: str) -> Iterator[World]:
     world.store.close()
 
 
-@pytest.fixture(scope="module")
-def local(schema_url: str) -> Iterator[LocalStack]:
-    stack = LocalStack.make(schema_url)
-    yield stack
-    stack.remove()
-
-
 def beginning(sweep: str, seq: int, trial: int, driver: str = "one") -> SweepStep:
     run = trial_run_id(sweep, f"{trial}.0")
     spec = RunSpec(experiment="digits", parent=sweep, sweep=sweep, new_run=run, lease=LEASE)

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import (
 from orchestrator.backends import storage as storages
 from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints import catalog
-from orchestrator.checkpoints.clone import clone, is_clone
+from orchestrator.checkpoints.clone import clone, is_clone, keep, taken_before
 from orchestrator.checkpoints.policy import CheckpointPolicy
 from orchestrator.checkpoints.reader import verify
 from orchestrator.checkpoints.state import TrainState
@@ -130,6 +130,40 @@ def test_it_is_made_once_per_job_and_the_next_attempt_goes_on_from_what_came_of_
     fresh, _ = run_at(directory, "member", 4)
     fresh.state(model=(model := nn.Linear(3, 2)), optimizer=SGD(model.parameters(), lr=0.1))
     assert fresh.step == 3
+
+
+def test_what_was_trained_since_is_found_when_clone_and_donor_are_gone(donor: tuple[Path, nn.Linear]) -> None:
+    directory, _ = donor
+    sha256 = catalog.read_manifest(checkpoints(directory, "donor").join("step_00000003-a1")).digest
+
+    def taken(job: str = "7", since: int = 2) -> Any:
+        member = checkpoints(directory, "member")
+        return taken_before(member, "step_00000003-a1", run="member", sha256=sha256, job=job, since=since)
+
+    earlier, _ = run_at(directory, "member", 1)
+    trained(earlier, 4)
+    assert taken() is None, "its own past is none of it"
+    first = cloned(directory, 2, job="7", sha256=sha256)
+    assert taken() == first
+    assert taken("8") is None
+    member, _ = run_at(directory, "member", 2, checkpoints=CheckpointPolicy(every_steps=1, keep_last=1, keep_best=0))
+    trained(member, 6)
+    shutil.rmtree(directory / "donor")
+    assert not checkpoints(directory, "member").exists(f"{first.name}/MANIFEST.json"), "retention took it"
+    found = taken()
+    assert (found.step, found.attempt) == (6, 2)
+    assert taken("8", since=3) is None, "that was another job's"
+
+
+def test_what_is_gone_cannot_be_kept_for_somebody(donor: tuple[Path, nn.Linear]) -> None:
+    directory, _ = donor
+    storage, name = checkpoints(directory, "donor"), "step_00000003-a1"
+    assert keep(storage, name, until=100.0, token="sweep-7")
+    assert catalog.holds(storage, name, now=99.0) == {catalog.Hold.in_use}
+    assert catalog.holds(storage, name, now=101.0) == set()
+    catalog.remove(storage, name)
+    assert not keep(storage, name, until=100.0, token="sweep-7")
+    assert not (directory / "donor" / "checkpoints" / name).exists()
 
 
 def test_a_save_at_the_step_of_the_clone_takes_another_name(donor: tuple[Path, nn.Linear]) -> None:

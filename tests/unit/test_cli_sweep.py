@@ -21,14 +21,17 @@ from orchestrator import launch
 from orchestrator.cli import main, parser, submit, sweep, sweep_plan, sweep_show
 from orchestrator.cli.sweep_display import LineSweep
 from orchestrator.config import ClusterCapacity, NodeCapacity
+from orchestrator.config.settings import PricesConfig
 from orchestrator.errors import UserError
 from orchestrator.execution import sweep_api
 from orchestrator.execution.sweep_place import Patient, driver_name, outlook_of
-from orchestrator.execution.sweep_plan import trial_spec
+from orchestrator.execution.sweep_plan import trial_spec, unmeasured
 from orchestrator.records import RunSpec, RunTicket
 from orchestrator.sweep_records import SweepSpec, TrialRow
-from orchestrator.sweeps.summary import SweepView
+from orchestrator.sweeps.budget import Gang, Work
+from orchestrator.sweeps.summary import Left, SweepView
 from orchestrator.sweeps.template import template
+from orchestrator.sweeps.warm import Warm
 
 TRAIN = "train=searched_here:train"
 FOUR_CPUS = ClusterCapacity(nodes=(NodeCapacity(cpus=4, gpus=0, memory_gb=16),))
@@ -117,10 +120,65 @@ def test_a_dry_run_starts_nothing_and_refuses_what_could_never_run(
         (["sweep.scheduler=asha"], "sweep.asha.max"),
         (["sweep.searcher=rndom"], "random"),
         (["sweep.scheduler=ashaa"], "asha"),
-        (["sweep.budget.kwh=1"], "is not measured"),
+        (["sweep.budget.kwh=1"], "measures no energy"),
     ):
         assert main.main([*words, *wrong]) == 2, wrong
         assert named in capsys.readouterr().err
+
+
+def test_the_plan_counts_given_points_and_those_of_earlier_runs() -> None:
+    made, space = template([TRAIN, "lr=uniform(0,1)", "sweep.samples=4", "sweep.points=[{lr: 0.5},{lr: 0.25}]"])
+    assert "6 trials, 2 of them given" in sweep_plan.lines(outlook_of(made, space, FOUR_CPUS, "ray"))[0]
+    found = Warm(known=(({"lr": 0.1}, [1.0]),) * 9, left_out={"did not finish": 2}, points=1)
+    plan = outlook_of(made, space, FOUR_CPUS, "ray", found)
+    text = "\n".join(sweep_plan.lines(plan))
+    assert "1 of them given, 1 of them from earlier runs" in text
+    assert "the best 1 of 9 earlier results are tried again;  left out: 2 (did not finish)" in text
+    document = sweep_plan.document(plan)
+    assert (document["points"], document["warm_points"], document["warm_results"]) == (2, 1, 0)
+
+
+def test_the_plan_of_a_sweep_that_goes_on_says_what_is_left() -> None:
+    rest = Left(trials=15, seconds=720, money=0.4, currency="USD")
+    plan = planned("lr=uniform(0,1)", "sweep.samples=20")
+    assert sweep_plan.document(plan)["left"] is None
+    assert any(line.split() == ["time", *sweep_plan.UNKNOWN.split()] for line in sweep_plan.lines(plan))
+    text = sweep_plan.lines(plan, sweep_plan.SoFar(words="5 of 20 trials are over", left=rest))
+    assert "  left       about 12 min and 0.40 USD for the 15 trials that are left" in text
+    assert not any("unknown" in line for line in text)
+
+
+def test_a_configuration_that_searches_is_validated_with_its_plan(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["config", "validate", TRAIN, "lr=0.1,0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("valid: a sweep of searched_here:train\n")
+    assert "2 trials" in shown
+    assert main.main(["config", "validate", TRAIN, "lr=0.1", "--json"]) == 0
+    assert "sweep" not in json.loads(capsys.readouterr().out)
+    (project / "conf" / "experiment").mkdir(parents=True)
+    (project / "conf" / "experiment" / "wide.yaml").write_text(
+        "# @package _global_\ntrain: searched_here:train\nlr: 0.1\nsweep: {samples: 7, space: {lr: 'uniform(0,1)'}}\n"
+    )
+    words = ["config", "validate", "--config-dir", str(project / "conf"), "experiment=wide", "--json"]
+    assert main.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["sweep"]["trials"] == 7
+    for wrong in ("sweep.budget.kwh=1", "sweep.scheduler=ashaa"):
+        assert main.main(["config", "validate", TRAIN, "lr=0.1,0.2", wrong]) == 2
+    assert not (project / "home").exists()
+
+
+def test_energy_is_limited_only_where_gpus_tell_it() -> None:
+    def why(workers_gpus: int, *gpus: int, monitoring: float = 10.0) -> str:
+        made, _ = template([TRAIN, "lr=0.1,0.2", f"resources.gpus_per_worker={workers_gpus}"])
+        nodes = tuple(NodeCapacity(cpus=4, gpus=count, memory_gb=16) for count in gpus)
+        return unmeasured(made.base.settings, ClusterCapacity(nodes=nodes) if nodes else None, monitoring)
+
+    assert why(1, 0, 8) == why(1) == ""
+    assert "no node has a GPU" in why(1, 0, 0)
+    assert "its workers use no GPU" in why(0, 8)
+    assert "not sampled" in why(1, 8, monitoring=0.0)
 
 
 def test_a_submitted_job_launches_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +257,22 @@ def test_a_log_gets_one_line_for_each_job_that_ended_and_none_twice() -> None:
     assert "ValueError: no" in lines[1]
 
 
+def test_what_is_left_is_told_once_when_the_first_trial_has_ended() -> None:
+    stream = io.StringIO()
+    display = LineSweep(stream)
+    display.sweep(view(trial(0, "running"), samples=16))
+    measured = Work(gang=Gang(cpus=2), at_once=2, lane_seconds=96.0, prices=PricesConfig(cpu_hour=0.5))
+    done = trial(0, "complete", 0.8, scores={"rungs": [[0, 3, 0.8, 1]]})
+    shown = view(done, trial(1, "running"), samples=16, work=measured)
+    display.sweep(shown)
+    display.sweep(shown)
+    lines = stream.getvalue().splitlines()
+    assert lines[1:] == ["left: about 12 min and 0.40 USD for the 15 trials that are left"]
+    again = io.StringIO()
+    LineSweep(again).sweep(shown)
+    assert again.getvalue() == "", "its plan has said so"
+
+
 def test_a_sweep_that_goes_on_does_not_tell_its_past_again() -> None:
     stream = io.StringIO()
     display = LineSweep(stream)
@@ -227,13 +301,15 @@ def test_the_python_call_is_the_command_line_in_other_words() -> None:
     train = importlib.import_module("searched_here").train
     words = sweep_api.words_of(
         train, {"optim.lr": "loguniform(1e-4,1e-1)"}, "val/accuracy:max", 8, "asha", 2,
-        "mine", {"sweep__asha__max": 9, "batch_size": 16},
+        "mine", {"sweep__asha__max": 9, "batch_size": 16, "stopping__patience": 3, "stopping__metric": "val/loss"},
     )  # fmt: skip
     made, space = template(words)
     settings = made.base.settings
     assert settings.train == "searched_here:train"
     assert (settings.sweep.samples, settings.sweep.seeds, settings.sweep.asha.max) == (8, 2, 9)
     assert settings.sweep.objective == ["val/accuracy:max"]
+    assert (settings.stopping.patience, settings.stopping.metric) == (3, "val/loss")
+    assert made.job({"optim.lr": 0.01}).settings.stopping == settings.stopping
     assert (settings.run.name, made.base.user["batch_size"]) == ("mine", 16)
     assert [each.key for each in space.dimensions] == ["optim.lr"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from orchestrator.config import Job, Settings
-from orchestrator.errors import RunIsActive, ServiceUnavailable
+from orchestrator.errors import ConfigError, RunIsActive, ServiceUnavailable
 from orchestrator.execution import driver
-from orchestrator.execution.worker import DONE, Returned
+from orchestrator.execution.worker import DONE, Plan, Returned
 from orchestrator.failures.classify import Evidence, RanksFailed
 from orchestrator.provenance.record import Recorded
 from orchestrator.records import Ack, Batch, FactKind, RunSpec, RunStatus, RunTicket
@@ -37,6 +37,8 @@ class Place:
         self.specs: list[RunSpec] = []
         self.fitted = self.attempts = 0
         self.is_cancelled = False
+        self.plans: list[Plan] = []
+        self.metrics: dict[str, float] = {}
 
     def check(self, settings: Settings) -> None: ...
     def resources(self) -> Mapping[str, Any]:
@@ -46,8 +48,9 @@ class Place:
         return ""
 
     def close(self) -> None: ...
-    def fit(self, plan: Any, settings: Settings) -> Returned:
+    def fit(self, plan: Plan, settings: Settings) -> Returned:
         self.fitted += 1
+        self.plans.append(plan)
         return self.ends.pop(0)()
 
     # -- the tracker
@@ -68,7 +71,8 @@ class Place:
 
     def cancel(self, run: str, user: str = "") -> None: ...
     def live(self, run: str) -> dict[str, Any]:
-        return {}
+        metrics = {key: {"value": value} for key, value in self.metrics.items()}
+        return {"step": 0, "metrics": metrics, "rate": 0.0} if metrics else {}
 
     # -- the agent's tracker: what the driver told
 
@@ -82,6 +86,14 @@ class Place:
     def statuses(self) -> list[Mapping[str, Any]]:
         Shipper(self.directory / "spools", self).step()
         return [fact.data for fact in self.told if fact.kind is FactKind.status]
+
+    def events(self, kind: str) -> list[Mapping[str, Any]]:
+        Shipper(self.directory / "spools", self).step()
+        return [fact.data for fact in self.told if fact.kind is FactKind.event and fact.data["kind"] == kind]
+
+    def ended(self) -> list[Mapping[str, Any]]:
+        """What the attempts that failed said of it."""
+        return [told for told in self.statuses() if told["error"]]
 
 
 def done() -> Returned:
@@ -103,12 +115,91 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path)
 
 
-def trained(place: Place, *, restarts: int = 0, progress: Any = None) -> driver.Outcome:
+def trained(
+    place: Place, *, restarts: int = 0, limits: dict[str, int] | None = None, progress: Any = None
+) -> driver.Outcome:
     settings = Settings()
     settings.failures.max_restarts = restarts
+    settings.failures.limits = limits or {}
     settings.tracking.heartbeat = 0.01
     job = Job(train="m:f", hash="h", settings=settings, user={}, resolved={}, sources=[], secrets=(SECRET,))
     return driver.train(job, progress=progress, open_place=lambda stack: place)
+
+
+LOST = Evidence(rank=0, type="NodeDiedError", message="the node died", host="n1", step=3)
+
+
+def lost() -> Returned:
+    raise RanksFailed([LOST])
+
+
+def raised() -> Returned:
+    raise RanksFailed([Evidence(rank=0, type="KeyError", message="'x'", traceback="File", step=3)])
+
+
+def test_a_lost_node_needs_no_restart_of_the_budget_and_is_told_as_an_event(place: Place) -> None:
+    place.ends = [lost, done]
+    assert (trained(place).status, place.fitted) == (RunStatus.finished, 2)
+    (told,) = place.events("policy")
+    assert (told["level"], told["step"]) == ("warning", 3)
+    assert told["message"].startswith("restarted from the newest checkpoint after ")
+    assert told["details"]["kind"] == "node_lost"
+    assert told["details"]["budget"] == "failures.max_preemptions"
+    assert told["message"] == place.ended()[0]["error"]["done"]
+
+
+def test_what_a_restart_cannot_mend_ends_the_run_and_says_so(place: Place) -> None:
+    place.ends = [raised, done]
+    assert (trained(place, restarts=-1).status, place.fitted) == (RunStatus.failed, 1)
+    assert [told["message"] for told in place.events("policy")] == ["not restarted: the same would only happen again"]
+
+
+def test_the_same_end_at_the_same_step_ends_the_run(place: Place) -> None:
+    def died() -> Returned:
+        raise RanksFailed([Evidence(rank=1, type="ActorDiedError", message="the worker process has died", step=9)])
+
+    place.ends = [died, lost, died, done]
+    outcome = trained(place, restarts=-1)
+    assert (outcome.status, place.fitted) == (RunStatus.crashed, 3)
+    assert "at step 9 twice" in outcome.error["done"]
+
+
+def test_out_of_memory_halves_the_micro_batch_as_long_as_there_is_something_to_halve(place: Place) -> None:
+    def full() -> Returned:
+        place.metrics = {"perf/micro_batch": 8.0 / place.plans[-1].splits}
+        text = "CUDA out of memory. Tried to allocate 2.00 GiB."
+        raise RanksFailed([Evidence(rank=1, type="OutOfMemoryError", message=text, traceback="File", step=0)])
+
+    place.ends = [full, full, lost, done]
+    assert (trained(place).status, [plan.splits for plan in place.plans]) == (RunStatus.finished, [1, 2, 4, 4])
+    place.plans, place.ends = [], [full, full, full, full, done]
+    outcome = trained(place)
+    assert (outcome.status, [plan.splits for plan in place.plans]) == (RunStatus.failed, [1, 2, 4, 8])
+    assert outcome.error["done"] == "not restarted: the same would only happen again"
+
+
+def test_collectives_that_timed_out_get_more_time_once(place: Place) -> None:
+    def slow() -> Returned:
+        text = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"
+        raise RanksFailed(
+            [Evidence(rank=0, type="RuntimeError", message=text, traceback="File", step=len(place.plans))]
+        )
+
+    place.ends = [slow, lost, slow, done]
+    assert trained(place, restarts=5).status is RunStatus.failed
+    assert [plan.collective_timeout for plan in place.plans] == [1800, 5400, 5400]
+
+
+def test_a_kind_that_there_is_not_is_refused_before_a_run_exists(place: Place) -> None:
+    with pytest.raises(ConfigError, match="worker_killed"):
+        trained(place, limits={"worker_kiled": 3})
+    assert not place.specs
+
+
+def test_a_signal_during_the_pause_calls_the_restart_off(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    place.ends = [killed, done]
+    assert (trained(place, restarts=1).status, place.fitted) == (RunStatus.crashed, 1)
 
 
 class Closed:

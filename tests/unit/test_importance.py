@@ -6,20 +6,24 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from orchestrator.config.settings import AshaConfig, SweepConfig
+import pytest
+
+from orchestrator.config.settings import AshaConfig, PricesConfig, SweepConfig
 from orchestrator.sweep_records import TrialRow
+from orchestrator.sweeps.budget import Gang, Work
 from orchestrator.sweeps.importance import importance
 from orchestrator.sweeps.summary import (
     SweepView,
     best_of,
     ended_line,
     history,
+    left,
     lines,
     planned_resource,
     rungs,
-    seconds_left,
     sparkline,
     to_json,
 )  # fmt: skip
@@ -90,12 +94,39 @@ def test_the_best_by_direction_and_of_equal_ones_the_lower_number() -> None:
     assert len(sparkline(range(1000), 20)) == 20
 
 
-def test_the_time_left_needs_some_ended_jobs() -> None:
-    shown = view(trial(0, 0.5, resource=2.0))
-    assert planned_resource(shown) == 16.0
-    assert seconds_left(shown, 2, [(1.0, 3.0)] * 2) is None
-    assert seconds_left(shown, 2, [(1.0, 3.0)] * 3) == 14 * 3 / 2
-    assert seconds_left(view(trial(0, None, status="running")), 2, [(1.0, 3.0)] * 3) is None
+def work(lane_seconds: float, **prices: Any) -> Work:
+    return Work(
+        gang=Gang(cpus=4, gpus=2), at_once=2, lane_seconds=lane_seconds,
+        prices=PricesConfig(gpu_hour=2.0, currency="EUR") if not prices else PricesConfig(**prices),
+    )  # fmt: skip
+
+
+def test_what_is_left_follows_from_what_was_measured() -> None:
+    done = view(trial(0, 0.5, resource=2.0), trial(1, None, status="running"), work=work(900.0))
+    assert planned_resource(done) == 16.0
+    rest = left(done)
+    assert rest is not None
+    assert (rest.trials, rest.seconds, rest.gpu_hours, rest.cpu_hours) == (7, 7 * 900 / 2, 7 * 0.5, 7 * 1.0)
+    assert str(rest) == "about 52 min and 7.00 EUR for the 7 trials that are left"
+    assert str(left(replace(done, work=work(900.0, gpu_hour=0.0)))).startswith("about 52 min and 3.50 GPU-hours")
+    assert left(view(trial(0, None, status="running"), work=work(0.0))) is None, "nothing was measured"
+    assert left(replace(done, work=None)) is None
+    assert left(replace(done, samples=1)) is None, "nothing is left to do"
+    one = left(replace(done, samples=2, work=replace(work(36.0), at_once=0)))
+    assert str(one) == "about 0.04 EUR for the trial that is left", "nobody says how many run at once"
+    assert any("about 52 min and 7.00 EUR" in line for line in lines(done))
+    assert to_json(done)["left"]["money"] == 7.0
+
+
+def test_with_rungs_and_populations_the_rest_is_counted_in_the_resource() -> None:
+    waiting = [trial(n, 0.5, status="waiting", resource=1.0) for n in range(4)]
+    rungs_of = {"milestones": (1.0, 3.0), "reduction": 3, "work": work(40.0)}
+    rest = left(view(*waiting, **rungs_of))
+    assert rest is not None
+    assert rest.seconds == pytest.approx((8 + 2 * 2 - 4) * 10 / 2), "8 trials at 1, 2 of them go on for 2 more"
+    population = left(view(*waiting, ends_at=5.0, work=work(40.0)))
+    assert population is not None
+    assert population.seconds == (8 * 5 - 4) * 10 / 2
 
 
 def test_the_table_of_a_sweep_that_runs() -> None:

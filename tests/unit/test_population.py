@@ -23,15 +23,17 @@ from tests.plugins.sweep_model import (
     World,
     jobs_of,
     population_by_hand,
+    repeated_by_hand,
     simulate,
 )
 
 GENERATIONS = 3
 
 
-def pbt(members: int, *, seed: int = 0, is_sync: bool = True, is_open: bool = False) -> Loop:
+def pbt(members: int, *, seed: int = 0, is_sync: bool = True, is_open: bool = False, repeats: int = 1) -> Loop:
     rules = Population(interval=1, max=GENERATIONS, is_sync=is_sync, is_open=is_open)
-    return Loop(Settings(samples=members, seed=seed, population=rules), PopulationScheduler(ToySpace()))
+    settings = Settings(samples=members, seed=seed, population=rules, repeats=repeats)
+    return Loop(settings, PopulationScheduler(ToySpace()))
 
 
 def given(loop: Loop) -> dict[tuple[int, int], tuple[dict[str, Any], int | None]]:
@@ -50,6 +52,28 @@ def test_generation_by_generation_as_the_one_written_by_hand(lanes: int) -> None
             for job, e in simulate(loop, lanes, world.train_member, world.seconds)
         }
         assert ended == expected, f"seed {seed}"
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_of_several_runs_the_mean_counts_as_in_the_one_written_by_hand(lanes: int) -> None:
+    copied = refused = 0
+    for seed in range(60):
+        trouble = 0.25 if seed % 3 else 0.0
+        expected = repeated_by_hand(seed, 5, GENERATIONS, World(seed, trouble=trouble).train_member, 3)
+        loop, world = pbt(5, seed=seed, repeats=3), World(seed, trouble=trouble)
+        ended = {
+            (j.trial, j.rung, j.repeat): (j, e) for j, e in simulate(loop, lanes, world.train_member, world.seconds)
+        }
+        assert {key[:2] for key in ended} == set(expected), f"seed {seed}"
+        for (trial, rung), (values, donor, ends, scores) in expected.items():
+            for repeat in range(3):
+                job, ending = ended[trial, rung, repeat]
+                found = (dict(job.values), job.clone[0] if job.clone else None, str(ending.end), repr(ending.score))
+                assert found == (values, donor, ends[repeat], scores[repeat]), f"seed {seed}"
+                copied += donor is not None
+        refused += any("failed" in ends for _, _, ends, _ in expected.values())
+    assert copied > 100
+    assert refused > 20
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4])

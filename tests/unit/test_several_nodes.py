@@ -180,7 +180,8 @@ def test_a_process_that_cannot_start_says_why_and_is_not_tried_again() -> None:
         "Traceback (most recent call last):\n  File \"a.py\", line 1\nModuleNotFoundError: No module named 'vision'\n"
     )
     finding = first_cause([Evidence(rank=-1, type="ActorDiedError", message=message)])
-    assert (finding.kind, finding.status) == (FailureKind.unknown, RunStatus.failed)
+    assert (finding.kind, finding.status) == (FailureKind.user_bug, RunStatus.failed)
+    assert not finding.is_restart_useful
     assert "could not start: ModuleNotFoundError: No module named 'vision'" in finding.reason
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.clock import ManualClock
 from orchestrator.config.settings import BudgetConfig, PricesConfig, SweepConfig
+from orchestrator.execution.sweep_energy import UNTOLD, Meter
 from orchestrator.sweeps import budget
 from orchestrator.sweeps.budget import Gang
 from orchestrator.sweeps.core import Core
@@ -86,6 +87,51 @@ def test_at_a_limit_nothing_starts_and_what_runs_is_asked_to_stop() -> None:
     core.poll()
     assert given(core).job == first.job
     assert begun(ledger, clock, "d3", gpu_hours=4).reason == "", "the larger one is a decision"
+
+
+def test_energy_limits_where_it_is_measured_and_is_refused_where_it_is_not() -> None:
+    ledger, clock = MemoryLedger(), ManualClock()
+    core = begun(ledger, clock, kwh=2)
+    given(core)
+    assert core.spend(kwh=1.9) == "budget: 1.9 of 2 kWh"
+    assert core.spend(kwh=0.5) == ""
+    assert core.spent["kwh"] == 1.9, "of what was removed nothing is left to measure"
+    core.spend(kwh=2.5)
+    assert core.next_job() is None
+    assert core.reason == "budget: 2.5 of 2 kWh"
+    ledger.ask("set", **{"budget.kwh": 5})
+    core.poll()
+    assert given(core).trial == 1
+
+    blind = MemoryLedger()
+    core = toy_core(settings(), blind, clock=clock, unmeasured="this cluster measures no energy: no node has a GPU")
+    blind.ask("set", **{"budget.kwh": 5})
+    blind.ask("extend", **{"budget.kwh": 5})
+    blind.ask("set", **{"budget.kwh": 0})
+    core.poll()
+    why = "refused: sweep.budget.kwh would limit nothing: this cluster measures no energy: no node has a GPU"
+    assert [request.answer for request in blind.requests] == [why, why, "sweep.budget.kwh: 0.0 → 0.0"]
+
+
+def test_the_meter_counts_joules_and_is_patient(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[float | None | Exception] = [None, ConnectionError("away"), 7.2e6, 3.6e6]
+    now = [0.0]
+
+    def measured() -> float | None:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    meter = Meter(measured, monotonic=lambda: now[0])
+    now[0] = UNTOLD + 1
+    meter.ask()
+    assert "tell no energy" in caplog.text
+    meter.ask()
+    assert meter.kwh is None
+    meter.ask()
+    meter.ask()
+    assert meter.kwh == 2.0, "a run was removed, what it used was used"
 
 
 def test_limits_are_said_with_their_units() -> None:

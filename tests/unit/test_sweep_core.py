@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[SweepConfig, Callable[[], Toy]]] = {
     "asha-seeds": (asha(samples=9, seeds=3), lambda: Toy(trouble=0.2)),
     "median": (median(), Judged),
     "pbt": (pbt(), lambda: Toy(trouble=0.1)),
+    "pbt-seeds": (pbt(samples=5, seeds=3), lambda: Toy(trouble=0.1)),
 }
 
 
@@ -458,8 +459,9 @@ def test_a_population_without_states_is_refused_at_its_first_end() -> None:
 def test_a_member_that_takes_over_gets_the_donors_checkpoint_which_is_held_meanwhile() -> None:
     ledger, held, given = MemoryLedger(), [], []
 
-    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> None:
+    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> bool:
         held.append((run, checkpoint, token, is_held, len(ledger.decisions)))
+        return True
 
     drive(toy_core(pbt(), ledger, hold=hold), Toy(), given=given)
     clones = [job for job in given if job.clone]
@@ -473,6 +475,123 @@ def test_a_member_that_takes_over_gets_the_donors_checkpoint_which_is_held_meanw
         assert [each[3] for each in takes] == [True, False]
         assert takes[0][4] <= job.job * 2 + 1, "before it was recorded"
         assert ledger.jobs[job.job]["clone"]["run"] == job.clone["run"]
+
+
+def test_each_repeat_goes_on_from_the_donors_same_repeat() -> None:
+    ledger, given = MemoryLedger(), []
+    held: dict[str, str] = {}
+
+    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> bool:
+        if is_held:
+            held[token] = run
+        else:
+            assert held.pop(token) == run
+        return True
+
+    settings = pbt(samples=4, seeds=2)
+    for job in driven(toy_core(settings, ledger, hold=hold), Toy(), 3, given=given):
+        assert job.rung == 0 or not job.clone or job.clone["run"].endswith(f".{job.repeat}")
+    clones = [job for job in given if job.clone]
+    donors = {(job.trial, job.rung): job.clone["run"].partition(".")[0] for job in clones}
+    assert len(clones) == 2 * len(donors) > 0
+    for job in clones:
+        assert job.clone["run"] == f"{donors[job.trial, job.rung]}.{job.repeat}"
+        assert job.clone["name"].startswith(f"{job.clone['trial']}.{job.repeat}-")
+    assert not held, "all of them were let go"
+    assert differences(ledger, settings) == []
+    assert any(row["scores"].get("clones") for row in ledger.trials.values())
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_where_a_donors_checkpoint_is_gone_another_is_taken_and_that_is_recorded(sync: bool) -> None:
+    """The first one that each driver wants is gone."""
+    settings = pbt(samples=9, pbt=PbtConfig(interval=3, max=9, sync=sync))
+    ledger, given, gone = MemoryLedger(), [], set[str]()
+
+    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> bool:
+        if is_held and not gone and "milestone" not in token:
+            gone.add(checkpoint)
+        return checkpoint not in gone
+
+    drive(toy_core(settings, ledger, hold=hold), Toy(), 2, given=given)
+    (missed,) = [each for each in ledger.decisions if each["kind"] == "gone"]
+    assert {missed["outcome"]["checkpoint"]} == gone
+    clones = [job for job in given if job.clone]
+    assert clones
+    assert not any(job.clone["name"] in gone for job in clones)
+    instead = next(job for job in clones if job.trial == missed["outcome"]["for"])
+    assert instead.clone["instead_of"] == f"what trial {missed['trial']} had saved is gone"
+    assert differences(ledger, settings) == []
+    again = toy_core(settings, ledger, driver="d2")
+    assert again.is_over()
+    assert not again.state.trials[missed["trial"]].results[missed["outcome"]["rung"]].can_give
+
+
+def test_out_of_step_each_member_keeps_what_others_may_want_until_there_is_something_newer() -> None:
+    settings = pbt(pbt=PbtConfig(interval=3, max=9, sync=False), seeds=2)
+    ledger, held = MemoryLedger(), dict[str, set[str]]()
+
+    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> bool:
+        there = held.setdefault(token, set())
+        (there.add if is_held else there.remove)(f"{run} {checkpoint}")
+        return True
+
+    core, jobs = toy_core(settings, ledger, hold=hold), 0
+    for job in driven(core, Toy(), 3):
+        jobs += 1
+        newest = max(core.state.trials[job.trial].results, default=None)
+        for repeat in range(2) if newest in (0, 1) else ():
+            run = f"{job.trial}.{repeat}"
+            assert held[f"{core.sweep}-milestone-{job.trial}-{repeat}"] == {f"run-{run} {run}-{3 * newest + 3}"}
+    assert jobs > 8
+    assert not any(held.values()), "at the end nothing is held"
+
+
+def test_a_value_that_makes_another_model_is_told_what_to_do_about_it() -> None:
+    ledger, toy = MemoryLedger(), Toy()
+
+    def train(job: Assigned) -> Ending:
+        error = {"type": "CheckpointMismatch", "message": "model: has 3 entries here, 2 in the checkpoint."}
+        return Ending(how=Ended.failed, error=error, kind="user") if job.clone else toy(job)
+
+    drive(toy_core(pbt(), ledger), train)
+    reasons = {row["reason"] for row in ledger.trials.values() if row["status"] == "failed"}
+    assert reasons
+    assert all("name those that leave the model as it is in sweep.pbt.mutate" in reason for reason in reasons)
+
+
+def test_without_any_checkpoint_left_members_go_on_by_themselves() -> None:
+    ledger, given = MemoryLedger(), []
+
+    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> bool:
+        return not is_held
+
+    drive(toy_core(pbt(), ledger, hold=hold), Toy(), given=given)
+    assert not any(job.clone for job in given)
+    assert all(row["resource"] == 9.0 for row in ledger.trials.values())
+    assert differences(ledger, pbt()) == []
+
+
+def test_what_a_held_member_was_to_take_over_stays_held() -> None:
+    ledger, toy, held = MemoryLedger(), Toy(), set[str]()
+
+    def hold(*, run: str, checkpoint: str, token: str, is_held: bool) -> bool:
+        (held.add if is_held else held.remove)(token)
+        return True
+
+    core = toy_core(pbt(), ledger, hold=hold)
+    while not (job := core.next_job()).clone:  # type: ignore[union-attr]
+        core.ended(job.job, toy(job))  # type: ignore[union-attr, arg-type]
+    assert job
+    ledger.ask("hold", trials=[job.trial])
+    core.poll()
+    core.ended(job.job, Ending(how=Ended.stopped))
+    assert held
+    ledger.ask("continue", trials=[job.trial])
+    core.poll()
+    drive(core, toy)
+    assert not held, "let go once it was taken"
+    assert differences(ledger, pbt()) == []
 
 
 def test_seeds_are_runs_whose_mean_counts() -> None:
@@ -503,8 +622,6 @@ def test_the_searcher_hears_of_every_rung() -> None:
 def test_a_sweep_that_cannot_know_its_top_says_so() -> None:
     with pytest.raises(ConfigError, match=r"sweep\.asha\.max"):
         toy_core(asha(asha=AshaConfig(min=1, max=0)), MemoryLedger(), params={})
-    with pytest.raises(ConfigError, match=r"sweep\.seeds"):
-        toy_core(pbt(seeds=2), MemoryLedger())
 
 
 def test_with_the_functions_own_end_the_top_rung_has_no_milestone() -> None:
@@ -580,7 +697,9 @@ def test_an_exploit_that_was_held_takes_over_the_same_checkpoint_later() -> None
     core.poll()
     again = core.next_job()
     assert again
-    assert (again.trial, again.rung, again.clone) == (job.trial, job.rung, job.clone)
+    assert (again.trial, again.rung) == (job.trial, job.rung)
+    assert {**again.clone, "since": 2} == job.clone
+    assert again.clone["since"] == 3
     assert again.values == job.values
     assert again.job > job.job
     core.ended(again.job, toy(again))

@@ -24,6 +24,7 @@ from orchestrator.tracking.local.process import Producers
 from orchestrator.tracking.logger import Logger
 from orchestrator.tracking.spool import MEMBER, SAMPLER, WITNESS, SpoolReader, spools
 from orchestrator.tracking.spool_layout import PAGE_POINTS, segment_start
+from tests.plugins.recorded_gpus import RecordedGpus
 
 # -- values
 
@@ -51,7 +52,7 @@ def test_energy_is_what_the_gpu_counted_else_power_over_time() -> None:
 
 def test_a_gpu_has_the_values_that_it_tells() -> None:
     now = gpu(10.0, index=3, memory_used_bytes=25, memory_total_bytes=100, power_watts=70.0, energy_joules=900.0)
-    found = gpu_values(now, gpu(0.0, index=3, energy_joules=100.0), share=0.5)
+    found = gpu_values(now, 400.0)
     assert found == {
         "system/gpu_3/memory_used_bytes": 25.0, "system/gpu_3/memory_percent": 25.0, "system/gpu_3/power_watts": 70.0,
         "system/gpu_3/energy_joules": 400.0,
@@ -396,6 +397,70 @@ def test_a_sampler_is_no_sign_of_life_and_leaves_with_the_last_rank(machine: Mac
     assert len(machine.steps("r", "system/cpu_percent")) == 2
 
 
+def joules(machine: Machine, run: str) -> float:
+    """All that was recorded for a run."""
+    found = 0.0
+    for reader in machine.readers():
+        batch = machine.batch(reader) if reader.owner.run == run else None
+        for place, key in enumerate(batch.keys if batch else ()):
+            if batch is not None and key.endswith("/energy_joules"):
+                points = batch.points()
+                found += float(points["value"][points["key"] == place].sum())
+    return found
+
+
+def test_what_gpus_use_is_divided_among_the_runs_on_them_to_the_last_joule(tmp_path: Path) -> None:
+    (tmp_path / "spools").mkdir()
+    gpus = RecordedGpus()
+    machine = Machine(tmp_path / "spools", gpus=gpus)
+    first = machine.producer("first")
+    machine.pass_by(LOOK)
+    machine.pass_by(4.0)
+    second = machine.producer("second")
+    machine.pass_by(1.0)
+    machine.pass_by(3.0)
+    second.close()
+    machine.pass_by(1.0)
+    machine.pass_by(10.0)
+    first.close()
+    machine.pass_by(2.0)
+    # 400 W: alone for 5 s, both for 4 s, alone for 12 s.
+    assert joules(machine, "second") == pytest.approx(400 * 4 / 2), "it had gone before its next sample"
+    assert joules(machine, "first") == pytest.approx(400 * (5 + 2 + 12))
+    machine.pass_by(60.0)
+    third = machine.producer("third")
+    machine.pass_by(LOOK)
+    third.close()
+    machine.pass_by(LOOK)
+    assert joules(machine, "third") == pytest.approx(400), "shorter than the first sample; before it nobody was there"
+
+
+def test_a_run_pays_for_its_own_gpu_where_the_driver_tells_whose_it_is(tmp_path: Path) -> None:
+    (tmp_path / "spools").mkdir()
+    gpus = RecordedGpus()
+    gpus.pids = [{os.getpid()}, set()]
+    machine = Machine(tmp_path / "spools", gpus=gpus)
+    logger = machine.producer("r")
+    machine.pass_by(LOOK)
+    machine.pass_by(LOOK)
+    gpus.pids = [set(), set()]
+    logger.close()
+    machine.pass_by(3.0)
+    assert joules(machine, "r") == pytest.approx(100 * 4), "its processes are gone, and yet that was its GPU"
+
+
+def test_a_later_attempt_keeps_what_it_used_until_it_may_be_recorded(tmp_path: Path) -> None:
+    (tmp_path / "spools").mkdir()
+    machine = Machine(tmp_path / "spools", gpus=RecordedGpus())
+    logger = machine.producer("r", attempt=2)
+    machine.pass_by(LOOK)
+    machine.pass_by(LOOK)
+    logger.log({"loss": 1.0}, 500)
+    machine.pass_by(10.0)
+    assert joules(machine, "r") == pytest.approx(400 * 11)
+    logger.close()
+
+
 def test_drivers_and_who_records_for_others_are_not_sampled(machine: Machine) -> None:
     machine.producer("r", rank=-1)
     machine.producer("r", role=WITNESS)
@@ -470,8 +535,8 @@ def test_the_energy_of_a_run_begins_with_it(tmp_path: Path) -> None:
         points = batch.points()
         mine = points["key"] == batch.keys.index("system/gpu_0/energy_joules")
         joules[reader.owner.run] = points["value"][mine].tolist()
-    assert joules["a"] == pytest.approx([250.5, 6 * 250.5])
-    assert joules["b"] == pytest.approx([250.5])
+    assert joules["a"] == pytest.approx([250.5, 5.5 * 250.5]), "the last second is half of it the other's"
+    assert joules["b"] == pytest.approx([250.5 / 2])
     for logger in machine.loggers:
         logger.close()
     machine.pass_by(LOOK)

@@ -178,8 +178,9 @@ class LocalTrackerProcess:
         return Work(is_used=False, left=left, position=(left, position["segment"], position["offset"]))
 
     def _behind(self) -> int:
-        """Runs of which not everything is copied to their directories and to the sinks."""
-        return self._directories.health()["waiting"] + self._mirrors.behind()
+        """Runs of which not everything is copied to their directories and to the sinks, and what is still to be
+        told."""
+        return self._directories.health()["waiting"] + self._mirrors.behind() + self._tracker.alerts.left()
 
     # -- requests
 

@@ -17,7 +17,7 @@ from orchestrator import errors
 from orchestrator.errors import UserError
 from orchestrator.records import RunSpec, RunTicket
 
-PROTOCOL = 2
+PROTOCOL = 3
 ANY_PROTOCOL = ("describe", "stop")
 """Understood from every version, so that a newer one can end an older one."""
 MAX_BYTES = 64 << 20

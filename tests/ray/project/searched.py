@@ -45,6 +45,34 @@ def train(run, cfg: Config) -> None:
         run.report({"loss": run.mean(loss.detach())}, state=state)
 
 
+def member(run, cfg: Config) -> None:
+    """A member of a population: each attempt says what it begins with, after whatever it continues from."""
+    import torch
+
+    line = torch.nn.Linear(cfg.width, 1, bias=False)
+    torch.nn.init.ones_(line.weight)
+    model = run.prepare(line)
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.5)
+    state = run.state(model=model, optimizer=optimizer)
+    if cfg.journal and run.is_main:
+        (group,) = optimizer.param_groups
+        held = optimizer.state.get(line.weight, {}).get("momentum_buffer")
+        said = {
+            "run": run.id, "attempt": run.attempt, "step": run.step, "lr": group["lr"],
+            "weights": line.weight.flatten().tolist(), "momentum": None if held is None else held.flatten().tolist(),
+        }  # fmt: skip
+        with open(Path(cfg.journal, "began"), "a") as file:
+            file.write(json.dumps(said) + "\n")
+    for _ in run.epochs(cfg.epochs):
+        for _ in range(4):
+            loss = model(torch.randn(16, cfg.width)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        time.sleep(cfg.pause)
+        run.report({"loss": run.mean(loss.detach())}, state=state)
+
+
 @dataclass
 class Bad:
     kind: str = "good"

@@ -66,6 +66,27 @@ def raises(run, cfg) -> None:
     torch.distributed.barrier()
 
 
+def empty_shard(run, cfg) -> None:
+    """Rank 1 says itself of what it fails."""
+    import torch
+
+    run.report({"before": 1.0})
+    if run.rank == 1:
+        run.fail("data_error", "shard 7 is empty")
+    torch.distributed.barrier()
+
+
+def prints_and_dies(run, cfg) -> None:
+    """Rank 1 prints what is wrong and leaves without a word to anybody."""
+    import torch
+
+    run.report({"before": 1.0})
+    if run.rank == 1:
+        print("the shapes of batch 12 differ")
+        os._exit(5)
+    torch.distributed.barrier()
+
+
 def dies_once(run, cfg) -> None:
     """Four epochs with a checkpoint after each; in the first attempt rank 1 is gone after two."""
     import torch

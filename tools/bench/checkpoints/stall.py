@@ -138,7 +138,7 @@ def _verify(group: Group, name: str, series: Series) -> None:
 
 
 def _rows(what: str, found: dict[str, Series]) -> Iterator[Row]:
-    floor, ours = found[FLOOR], found[OURS[0]]
+    floor, ours = found[FLOOR], found.get(OURS[0], Series())
     size = floor.written
     if floor.stall:
         yield printed(f"floor, one copy of 1/N, {what}: median", 1000 * median(floor.stall), "ms")

@@ -25,7 +25,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Iterable[Row]]] = {
         "asha": asha_vs_random.measure,
         "short": lambda: short.measure(given.trials, given.rounds),
-        "lanes": lambda: many.lanes(given.trials),
+        "lanes": lambda: many.lanes(given.per_lane),
         "instant": lambda: many.instant(given.instant, given.late),
         "late": lambda: many.late(given.finished, given.late),
     }
@@ -51,12 +51,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few trials, one round: to see that it runs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=16, help="short ones, in a round")
+    parser.add_argument("--per-lane", type=int, default=24, help="trials of `lanes`, for each lane")
     parser.add_argument("--instant", type=int, default=1000)
     parser.add_argument("--late", type=int, default=200, help="instant ones, on a sweep that has those before")
     parser.add_argument("--finished", type=int, default=10_000, help="trials that the sweep of `late` has before")
     given = parser.parse_args()
     if given.quick:
-        given.rounds, given.trials, given.instant, given.late, given.finished = 1, 3, 20, 5, 30
+        given.rounds, given.trials, given.per_lane = 1, 3, 10
+        given.instant, given.late, given.finished = 20, 5, 30
     return given
 
 

@@ -91,6 +91,14 @@ class BenchStack:
             trials=self.timed(sweep, range(first, trials)),
         )
 
+    def copied(self) -> None:
+        """Waits until MLflow, too, has everything: copying is work of the same cores, and belongs to who caused it."""
+        deadline = time.monotonic() + 300
+        while any(sink.runs or sink.points for sink in self.store.sink_lags()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the copies are behind: {self.store.sink_lags()}")
+            time.sleep(0.2)
+
     def timed(self, sweep: str, trials: range) -> list[Timed]:
         """In the order of their ends. What the agents still have is waited for."""
         found: list[Timed] = []
@@ -104,7 +112,12 @@ class BenchStack:
             read = {key: self.store.points(run, f"bench/{key}", rank=0).values for key in ("first_step", "pid", "end")}
             reports = self.store.points(run, "bench/report", rank=0).values.tolist()
             found.append(
-                Timed(first_step=read["first_step"][-1], pid=int(read["pid"][-1]), end=read["end"][-1], reports=reports)
+                Timed(
+                    first_step=float(read["first_step"][-1]),
+                    pid=int(read["pid"][-1]),
+                    end=float(read["end"][-1]),
+                    reports=reports,
+                )
             )
         return sorted(found, key=lambda trial: trial.end)
 
@@ -127,12 +140,12 @@ class Swept:
     driver_mb: float
     trials: list[Timed]
 
-    def gaps(self) -> list[float]:
-        """Between a trial's end and the first step of the next one in the same process."""
+    def gaps(self, since: float = 0.0) -> list[float]:
+        """Between a trial's end and the first step of the next one in the same process; of ends from `since` on."""
         found: list[float] = []
         last: dict[int, float] = {}
         for trial in sorted(self.trials, key=lambda each: each.first_step):
-            if trial.pid in last:
+            if trial.pid in last and last[trial.pid] >= since:
                 found.append(trial.first_step - last[trial.pid])
             last[trial.pid] = trial.end
         return found
@@ -141,6 +154,14 @@ class Swept:
     def groups(self) -> int:
         """Groups of workers that were started, by their first workers."""
         return len({trial.pid for trial in self.trials})
+
+    @property
+    def all_began(self) -> float:
+        """When the last group took its first step."""
+        first: dict[int, float] = {}
+        for trial in self.trials:
+            first[trial.pid] = min(first.get(trial.pid, trial.first_step), trial.first_step)
+        return max(first.values())
 
     @property
     def after_first(self) -> float:

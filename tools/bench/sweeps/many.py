@@ -6,41 +6,42 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 from environment import HERE, BenchStack, Swept, child, tell
 from rows import Row, at_most, printed
 
 STEP = 100
-WORDS = ("train=trials:instant", "x=uniform(0,1)", "resources.workers=1", "resources.cpus_per_worker=0.5")
+REAL = 4
+"""Trials of a sweep that has only to begin."""
+WORDS = ("x=uniform(0,1)", "resources.workers=1", "resources.cpus_per_worker=0.5")
 
 
 def lanes(trials: int) -> Iterator[Row]:
-    """From a trial's end to the next first step on the same lane, with several lanes of one worker each."""
+    """From a trial's end to the next first step on the same lane, with several lanes of one worker each that take a
+    second for a trial and little of the machine, and from when all of them are there. So many trials per lane."""
     with BenchStack(cpus=2) as stack:
         for count in (2, 4):
             tell(f"{count} lanes")
-            found = _sweep(stack, trials, count)
-            gaps = found.gaps()
+            found = _sweep(stack, trials * count, count, train="trials:brief")
+            gaps = found.gaps(since=found.all_began)
             what = f"trial's end to the next one's first step, {count} lanes"
             yield at_most(f"{what}, median", statistics.median(gaps), 0.7, "s")
             yield printed(f"{what}, longest", max(gaps), "s")
             yield at_most(f"groups of workers started, {count} lanes", found.groups, count)
+            yield printed(f"trials that began on one of {found.groups} lanes while all were there", len(gaps))
 
 
 def late(before: int, trials: int) -> Iterator[Row]:
-    """Instant trials on a sweep that has `before` finished ones, made by `finished.py`."""
+    """Instant trials on a sweep that has `before` finished ones, nearly all of them copies made by `finished.py`."""
     with BenchStack(cpus=2) as stack:
-        first = _sweep(stack, 1, 2)
+        first = _sweep(stack, REAL, 2)
+        stack.copied()
         tell(f"{before:,} finished trials")
-        stack.orc("sweep", "extend", first.sweep, f"+{before - 1}")
-        began = time.monotonic()
-        command = [sys.executable, str(HERE / "finished.py"), str(stack.home), first.sweep]
-        subprocess.run(command, env=child(), cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-        yield printed(f"{before:,} trials that end at once, without lanes: each", _each(began, before), "ms")
+        command = [sys.executable, str(HERE / "finished.py"), str(stack.home), first.sweep, str(before)]
+        subprocess.run(command, env=child(), cwd=HERE, check=True)
         tell(f"{trials} instant trials more")
-        stack.orc("sweep", "extend", first.sweep, f"+{trials}")
+        stack.orc("sweep", "extend", first.sweep, f"+{before - REAL + trials}")
         found = stack.sweep(trials=before + trials, resumed=first.sweep, first=before)
         ends = [trial.end for trial in found.trials]
         pace = 1e3 * (ends[-1] - ends[0]) / (len(ends) - 1)
@@ -50,16 +51,14 @@ def late(before: int, trials: int) -> Iterator[Row]:
         yield printed(f"resume of a sweep with {before:,} trials, to the first new step", first_step, "s")
 
 
-def _each(began: float, count: int) -> float:
-    return 1e3 * (time.monotonic() - began) / count
-
-
 def instant(trials: int, late: int) -> Iterator[Row]:
     """`trials` on a new sweep, then `late` more on the same one, resumed; each hundred by itself."""
     with BenchStack(cpus=2) as stack:
-        tell("one trial, for comparison")
-        fresh = _sweep(stack, 1, 2)
-        start = fresh.trials[0].first_step - fresh.began
+        tell("a few trials, for comparison")
+        _sweep(stack, 1, 2)  # what is loaded for the first time must not count for the comparison
+        fresh = _sweep(stack, REAL, 2)
+        start = min(trial.first_step for trial in fresh.trials) - fresh.began
+        stack.copied()
         tell(f"{trials} instant trials")
         found = _sweep(stack, trials, 2)
         pace = [1e3 * seconds for seconds in _per_trial(found)]
@@ -69,6 +68,7 @@ def instant(trials: int, late: int) -> Iterator[Row]:
         yield printed(f"{trials:,} instant trials: per trial, the first hundred", pace[0], "ms")
         yield at_most(f"{trials:,} instant trials: per trial, the slowest hundred", max(pace), 100, "ms")
         yield printed(f"{trials:,} instant trials: memory of the driver", found.driver_mb, "MB")
+        stack.copied()
         tell(f"{late} more")
         stack.orc("sweep", "extend", found.sweep, f"+{late}")
         more = stack.sweep(trials=trials + late, resumed=found.sweep)
@@ -76,16 +76,16 @@ def instant(trials: int, late: int) -> Iterator[Row]:
         first = min(trial.first_step for trial in fresh_ends) - more.began
         what = f"resume of a sweep with {trials:,} trials, to the first new step"
         yield printed(what, first, "s")
-        yield printed("the same for a new sweep of one trial", start, "s")
+        yield printed("the same for a new sweep with as many lanes", start, "s")
         yield at_most(f"{what}, beyond what a new one takes", first - start, 5, "s")
         late_pace = 1e3 * (fresh_ends[-1].end - fresh_ends[0].end) / max(len(fresh_ends) - 1, 1)
         yield at_most(f"instant trials after {trials:,} others: per trial", late_pace, 100, "ms")
         yield printed(f"instant trials after {trials:,} others: memory of the driver", more.driver_mb, "MB")
 
 
-def _sweep(stack: BenchStack, trials: int, count: int) -> Swept:
+def _sweep(stack: BenchStack, trials: int, count: int, train: str = "trials:instant") -> Swept:
     return stack.sweep(
-        *WORDS, f"sweep.samples={trials}", f"sweep.concurrency={count}", "run.experiment=bench-many",
+        f"train={train}", *WORDS, f"sweep.samples={trials}", f"sweep.concurrency={count}", "run.experiment=bench-many",
         trials=trials,
     )  # fmt: skip
 

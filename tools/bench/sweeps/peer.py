@@ -1,8 +1,9 @@
 """What a user would write today: Ray Tune over TorchTrainer, as Ray's guide has it, with Ray's TuneReportCallback and
-MLflowLoggerCallback. `peer.py TRIALS DIRECTORY RAY_ADDRESS MLFLOW_URI`. Prints a line per event, with the time."""
+MLflowLoggerCallback. `peer.py TRIALS DIRECTORY RAY_ADDRESS MLFLOW_URI POLL`. Prints how many trials have ended."""
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 def worker(config: dict[str, Any]) -> None:
     import torch
-    from subject import EPOCHS, accuracy, epoch, parts
+    from subject import EPOCHS, accuracy, epoch, parts, together
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -33,6 +34,7 @@ def worker(config: dict[str, Any]) -> None:
     for current in range(EPOCHS):
         epoch(model, optimizer, loader)
         metrics = {"accuracy": accuracy(model, test), "epoch": current}
+        together()
         with tempfile.TemporaryDirectory() as directory:
             began = time.perf_counter()
             checkpoint = None
@@ -48,6 +50,8 @@ def worker(config: dict[str, Any]) -> None:
 
 
 def trial(config: dict[str, Any]) -> None:
+    # Here, where Train reads it: Ray's workers have the environment of its head, which has a setting of ours.
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = config["poll"]
     TorchTrainer(
         worker,
         train_loop_config=config,
@@ -62,12 +66,13 @@ def trial(config: dict[str, Any]) -> None:
 def main() -> None:
     from subject import rates
 
-    trials, directory, address, mlflow = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    trials, (directory, address, mlflow, poll) = int(sys.argv[1]), sys.argv[2:6]
     ray.init(address=address, log_to_driver=False)
     tuner = tune.Tuner(
         trial,
         param_space={
             "lr": tune.grid_search(rates(trials)), "directory": directory, "journal": f"{directory}/journal",
+            "poll": poll,
         },
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(
