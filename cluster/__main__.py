@@ -1,4 +1,4 @@
-"""`python -m cluster up|down|status|doctor [--home DIR] [--json] [--debug] [key=value …]`: what `orc` runs for them."""
+"""`python -m cluster up|down|status|doctor|keep [--home DIR] [--json] [--debug] [key=value …]`: what `orc` runs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--home", type=lambda text: Path(text).expanduser().absolute(), default=default_home())
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--again", action="store_true", help="of up: as it was told before, unless `down` came since")
+    keep = parser.add_argument_group("keep")
+    keep.add_argument("--once", action="store_true")
+    keep.add_argument("--all", action="store_true")
+    keep.add_argument("--local", action="store_true")
+    keep.add_argument("--interval", type=float, default=5.0)
+    keep.add_argument("--since", type=float, default=24.0)
+    keep.add_argument("--most", type=int, default=5)
     return parser.parse_intermixed_args(argv)
 
 
@@ -71,7 +79,11 @@ def _up(arguments: argparse.Namespace) -> int:
     from cluster.stack_up import up
 
     progress = _progress(arguments)
-    stack = up(arguments.home, StackSettings.parse(arguments.settings), progress)
+    if arguments.again:
+        settings = StackSettings.from_mapping(Stack.load(arguments.home).asked)
+    else:
+        settings = StackSettings.parse(arguments.settings)
+    stack = up(arguments.home, settings, progress, is_again=arguments.again)
     if arguments.json:
         found = stack_status.parts(stack)
         copies = stack_status.sinks(stack, time.time())
@@ -109,16 +121,25 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(stack_status.document(stack, found, copies, stack_status.writers(stack)), indent=2))
     else:
+        now, states = time.time(), stack_status.circuits(stack)
         rows = [
-            (part.name, part.status, part.version, "" if part.latency_ms is None else f"{part.latency_ms:.1f} ms",
+            (part.name, part.status, stack_status.circuit(part.name, states, now), part.version,
+             "" if part.latency_ms is None else f"{part.latency_ms:.1f} ms",
              " ".join(filter(None, [part.address, part.why])))
             for part in found
         ]  # fmt: skip
-        _table(("part", "status", "version", "latency", "where"), rows)
+        _table(("part", "status", "circuit", "version", "latency", "where"), rows)
         if copies:
-            lags = [(c.name, c.status, f"{c.points:,}", f"{c.seconds:.1f} s", f"{c.runs:,}", c.why) for c in copies]
+            lags = [
+                (c.name, c.status, stack_status.circuit(c.name, states, now), f"{c.points:,}", f"{c.seconds:.1f} s",
+                 f"{c.runs:,}", c.why)
+                for c in copies
+            ]  # fmt: skip
             print()
-            _table(("copies to", "status", "points behind", "time behind", "runs behind", "why"), lags)
+            _table(("copies to", "status", "circuit", "points behind", "time behind", "runs behind", "why"), lags)
+        if away := stack_status.elsewhere(states, [*(part.name for part in found), *(c.name for c in copies)], now):
+            print()
+            _table(("needed", "circuit", "why"), away)
         writing = stack_status.writers(stack)
         waiting = (
             f"{writing.pending_bytes / 1e6:,.1f} MB",
@@ -147,6 +168,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return OK if is_well else FAILED
 
 
+def _keep(arguments: argparse.Namespace) -> int:
+    from cluster.keeping import Wishes
+    from cluster.stack_keep import KeepOptions, keep, on_signal
+
+    _no_settings(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal(sys.stderr))
+    wishes = Wishes(is_all=arguments.all, is_local=arguments.local, most=arguments.most)
+    options = KeepOptions(
+        wishes=wishes, interval=arguments.interval, is_once=arguments.once, since=arguments.since * 3600,
+        is_json=arguments.json,
+    )  # fmt: skip
+    return keep(arguments.home, options, sys.stdout)
+
+
 def _progress(arguments: argparse.Namespace) -> Progress:
     """Lines about the progress are the result for people; beside a JSON document they go to stderr."""
     return Progress(sys.stderr if arguments.json else sys.stdout)
@@ -171,7 +207,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("  ".join(padded).rstrip())
 
 
-VERBS = {"up": _up, "down": _down, "status": _status, "doctor": _doctor}
+VERBS = {"up": _up, "down": _down, "status": _status, "doctor": _doctor, "keep": _keep}
 
 if __name__ == "__main__":
     sys.exit(main())

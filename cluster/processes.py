@@ -103,6 +103,15 @@ def marked(mark: str, *, words: Sequence[str] = ()) -> list[psutil.Process]:
     return [process for process in found.values() if is_alive(process)]
 
 
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL to all of them; does not wait."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
 def stop(processes: Iterable[psutil.Process], grace: float) -> None:
     """SIGTERM, at most `grace` seconds of waiting, SIGKILL for what is left. Returns when all are gone."""
     waiting = list(processes)
@@ -112,11 +121,7 @@ def stop(processes: Iterable[psutil.Process], grace: float) -> None:
         except psutil.NoSuchProcess:
             continue
     waiting = _still_alive(waiting, grace)
-    for process in waiting:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    kill(waiting)
     _still_alive(waiting, 10)
 
 

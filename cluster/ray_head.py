@@ -106,6 +106,9 @@ def _is_private(directory: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
 
 
+NO_DASHBOARD = "the dashboard does not answer"
+
+
 def probe(dashboard: str, token_path: str, timeout: float = 5) -> Head:
     """Asks the dashboard who it is and whether the cluster behind it lives. Raises ServiceUnavailable."""
     key = token(token_path)
@@ -117,7 +120,7 @@ def probe(dashboard: str, token_path: str, timeout: float = 5) -> Head:
         )  # fmt: skip
     if not answer.ok:
         why = answer.body if answer.status == 0 else f"HTTP {answer.status}"
-        raise ServiceUnavailable("ray", dashboard, f"the dashboard does not answer: {why}.", "Run `orc up`.")
+        raise ServiceUnavailable("ray", dashboard, f"{NO_DASHBOARD}: {why}.", "Run `orc up`.")
     health = web.get(f"{dashboard}/api/gcs_healthz", token=key, timeout=timeout)
     if not health.ok:
         why = f"its control store is not healthy: {health.body[:200]}."
@@ -151,8 +154,11 @@ def is_complete(found: Sequence[psutil.Process]) -> bool:
     return not {"gcs_server", "raylet"} - {_name(process) for process in found}
 
 
-def start(stack: Stack, *, port: int, dashboard_port: int, num_cpus: int, taken: set[int]) -> psutil.Process:
-    """Starts the head and gives back its first process (the control store). `stack` says token and home.
+def start(
+    stack: Stack, *, port: int, dashboard_port: int, num_cpus: int, gcs: str, taken: set[int]
+) -> psutil.Process:  # fmt: skip
+    """Starts the head and gives back its first process (the control store). `stack` says token and home, `gcs` where
+    the control store keeps its tables (`orchestrator.stack.GCS`); those of the head before it are dropped.
 
     Raises ServiceUnavailable, with the end of its log, if it does not come up.
     """
@@ -160,6 +166,8 @@ def start(stack: Stack, *, port: int, dashboard_port: int, num_cpus: int, taken:
     log = home / "logs" / "ray.log"
     directory = temp_directory(home)
     _prune(directory)
+    tables = _tables(home)
+    shutil.rmtree(tables, ignore_errors=True)  # what they tell of died with that head
     command = [
         sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head",
         "--node-ip-address", ports.LOOPBACK, "--port", str(port),
@@ -172,7 +180,8 @@ def start(stack: Stack, *, port: int, dashboard_port: int, num_cpus: int, taken:
     ]  # fmt: skip
     if num_cpus:
         command += ["--num-cpus", str(num_cpus)]
-    variables = environment.of_ray_head(stack, (ports.anywhere(taken), ports.anywhere(taken)))
+    metric_ports = (ports.anywhere(taken), ports.anywhere(taken))
+    variables = environment.of_ray_head(stack, metric_ports, tables if gcs == "rocksdb" else None)
     mark = log.stat().st_size if log.exists() else 0
     starter = processes.start_detached(command, variables, log, home)
     try:
@@ -189,6 +198,36 @@ def start(stack: Stack, *, port: int, dashboard_port: int, num_cpus: int, taken:
     return next(process for process in found if _name(process) == "gcs_server")
 
 
+def restart_control_store(stack: Stack, arguments: Sequence[str]) -> psutil.Process | None:
+    """Starts the control store of a head that lost it, under what runs there, and gives back its process. `arguments`
+    are its command line. None if there is no such head, or it does not come back.
+
+    Ray itself never starts it again. Raylet, actors and drivers wait for it, at its old address, for `RAY_ROCKSDB`'s
+    reconnect timeout.
+    """
+    home = Path(stack.home)
+    found = parts(home)
+    raylet = next((process for process in found if _name(process) == "raylet"), None)
+    if raylet is None or is_complete(found):
+        return None
+    try:
+        variables = raylet.environ()  # both were started with the same one
+    except psutil.Error:
+        return None
+    process = processes.start_detached(arguments, variables, home / "logs" / "ray.log", home)
+    try:
+        _wait_for_dashboard(stack, [raylet, process])
+    except ServiceUnavailable:
+        processes.stop([process], grace=0)
+        return None
+    return process
+
+
+def _tables(home: Path) -> Path:
+    """Where a control store with `rocksdb` keeps them."""
+    return home / "ray" / "gcs"
+
+
 def _wait_for_dashboard(stack: Stack, found: Sequence[psutil.Process]) -> None:
     """`ray start` returns a little before the dashboard takes jobs."""
     deadline = time.monotonic() + 60
@@ -202,11 +241,17 @@ def _wait_for_dashboard(stack: Stack, found: Sequence[psutil.Process]) -> None:
         time.sleep(0.2)
 
 
-def stop(home: Path) -> bool:
-    """Stops this head and all that runs on it, and nothing else on the host. False if there was nothing."""
+def stop(home: Path, *, at_once: bool = False) -> bool:
+    """Stops this head and all that runs on it, and nothing else on the host. False if there was nothing.
+
+    `at_once` is for what is left of a head that lost a part: a driver that is asked to end takes it for somebody's wish
+    that its run should, and would say so.
+    """
     found = parts(home)
     if not found:
         return False
+    if at_once:
+        processes.kill(found)
     # The raylet first and alone: it takes its workers along in order, and without it the others have nothing to do.
     processes.stop([process for process in found if _name(process) == "raylet"], grace=5)
     # The autoscaler's monitor answers SIGTERM by waiting for the control store. It has no state.

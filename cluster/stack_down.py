@@ -23,6 +23,8 @@ def down(home: Path, progress: Progress) -> list[str]:
         return []
     stopped: list[str] = []
     with locked(home, progress):
+        if (stack := Stack.find(home)) is not None:
+            replace(stack, is_stopped=True).save()  # before anything is: `orc keep` must not bring it back
         with ThreadPoolExecutor(max_workers=4) as pool:
             parts = (("Ray", ray_head.stop), ("MLflow", _mlflow), ("API", _api), ("tracker", stop_local_tracker))
             ran = [pool.submit(_stop, name, stop, home, progress) for name, stop in parts]

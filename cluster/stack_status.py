@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from orchestrator.errors import SchemaMismatch, ServiceUnavailable, UserError
 from orchestrator.stack import Stack
 from orchestrator.store import migrate, open_store
 from orchestrator.store.views import SinkLag
+from orchestrator.tracking.circuits import CircuitState, directory_of, told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Part:
 
     name: str
     status: str
-    """up, down, or off (not wanted)."""
+    """up, down, off (not wanted), or unknown (who could tell is down)."""
     version: str = ""
     address: str = ""
     latency_ms: float | None = None
@@ -113,6 +114,38 @@ def writers(stack: Stack) -> Writers:
     )  # fmt: skip
 
 
+def circuits(stack: Stack) -> list[CircuitState]:
+    """What the stack's living processes on this machine say of the services they need; see tracking/circuits.py."""
+    return told(directory_of(stack.home))
+
+
+def circuit(name: str, states: Sequence[CircuitState], now: float) -> str:
+    """In words, as the worst of those who speak of it sees it: `closed`, `open 2 min (tracker)`; '' where nobody does.
+    `name` is a part's or a sink's. Pure."""
+    spoken = [state for state in states if state.name == name.removeprefix("orc-")]
+    away = [state for state in spoken if state.is_away]
+    if not away:
+        return "closed" if spoken else ""
+    word = "open" if any(state.state == "open" for state in away) else "half-open"
+    since = shown_seconds(now - min(state.began for state in away))
+    return f"{word} {since} ({', '.join(sorted({state.by for state in away}))})"
+
+
+def elsewhere(states: Sequence[CircuitState], shown: Collection[str], now: float) -> list[tuple[str, str, str]]:
+    """(service, circuit, error) of what is away and has no line of its own. Pure."""
+    away = {state.name: state.error for state in states if state.is_away}
+    lines = {name.removeprefix("orc-") for name in shown}
+    return [(name, circuit(name, states, now), error) for name, error in away.items() if name not in lines]
+
+
+def shown_seconds(seconds: float) -> str:
+    """Example: shown_seconds(150) == "2 min"."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def parts(stack: Stack) -> list[Part]:
     """All parts, asked at the same time."""
     asked: list[Callable[[Stack], list[Part]]] = [database, redis, mlflow, api, ray]
@@ -129,6 +162,7 @@ def document(stack: Stack, found: list[Part], copies: list[Sink], writing: Write
         "parts": [asdict(part) for part in found],
         "sinks": [asdict(one) for one in copies],
         "checkpoint_writers": asdict(writing),
+        "circuits": [asdict(state) for state in circuits(stack)],
     }
 
 
@@ -250,12 +284,21 @@ def api(stack: Stack) -> list[Part]:
 def ray(stack: Stack) -> list[Part]:
     if not stack.ray_address:
         return [Part(name="ray", status="off", why="Switched off, or not installed.")]
+    names = stack.services.get("names", ())
     try:
         head = ray_head.probe(stack.ray_dashboard, stack.ray_token_path)
     except ServiceUnavailable as error:
+        host, _, port = stack.ray_address.rpartition(":")
+        if error.why.startswith(ray_head.NO_DASHBOARD) and ports.answers(int(port), host):
+            # Trainings need no dashboard.
+            return [
+                Part(name="ray", status="up", address=stack.ray_address, why="Its dashboard does not answer."),
+                Part(name="dashboard", status="down", address=stack.ray_dashboard, why=error.why),
+                *[Part(name=name, status="unknown", why="Only the dashboard tells.") for name in names],
+            ]
         return [
             Part(name="ray", status="down", address=stack.ray_address, why=error.why),
-            *[Part(name=name, status="down", why="Ray is down.") for name in stack.services.get("names", ())],
+            *[Part(name=name, status="down", why="Ray is down.") for name in names],
         ]
     host, _, port = stack.ray_address.rpartition(":")
     if not ports.answers(int(port), host):

@@ -40,6 +40,7 @@ from orchestrator.store import migrate
 DATABASE = "orc"
 MLFLOW_DATABASE = "mlflow"
 BOOTSTRAP_TIMEOUT = 240
+DEFAULT_GCS = "rocksdb" if sys.platform == "linux" else "memory"
 
 
 Started = TypeVar("Started")
@@ -71,17 +72,23 @@ class Pieces:
             self.stack.save()
 
 
-def up(home: Path, settings: StackSettings, progress: Progress) -> Stack:
-    """Brings the stack of `home` up and returns it. Idempotent; two at once do no harm. Raises UserError."""
+def up(home: Path, settings: StackSettings, progress: Progress, *, is_again: bool = False) -> Stack:
+    """Brings the stack of `home` up and returns it. Idempotent; two at once do no harm. Raises UserError.
+
+    `is_again`: nobody asked for it; what somebody stopped by `down` stays down.
+    """
     before = Stack.find(home)
     wanted = remembered(settings, before)
     check_before_start(home, wanted, before)
     prepare(home)
     with locked(home, progress):
         before = Stack.find(home)
+        if is_again and before is not None and before.is_stopped:
+            return before
         wanted = remembered(settings, before)
         refuse_changes(home, wanted, before)
         pieces = Pieces(before or Stack(home=str(home)))
+        pieces.put(asked=settings.told(), is_stopped=False)
         pieces.remember("storage.url", wanted.storage.url)
         pieces.put(storage_url=wanted.storage.url or str(home / "runs"))
         pieces.remember("tracking.spool_dir", wanted.tracking.spool_dir)
@@ -117,7 +124,7 @@ def remembered(settings: StackSettings, before: Stack | None) -> StackSettings:
     for section, name, key in (
         (wanted.database, "url", "database.url"), (wanted.mlflow, "tracking_uri", "mlflow.tracking_uri"),
         (wanted.ray, "address", "ray.address"), (wanted.storage, "url", "storage.url"),
-        (wanted.redis, "url", "redis.url"), (wanted.api, "host", "api.host"),
+        (wanted.redis, "url", "redis.url"), (wanted.api, "host", "api.host"), (wanted.ray, "gcs", "ray.gcs"),
         (wanted.tracking, "spool_dir", "tracking.spool_dir"),
         (wanted.checkpoints, "slab_dir", "checkpoints.slab_dir"),
         (wanted.tensorboard, "enabled", "tensorboard.enabled"),
@@ -211,6 +218,7 @@ def refuse_changes(home: Path, wanted: StackSettings, before: Stack | None) -> N
         ("ray.port", wanted.ray.port, ray, "port", ray_runs),
         ("ray.dashboard_port", wanted.ray.dashboard_port, ray, "dashboard_port", ray_runs),
         ("ray.num_cpus", wanted.ray.num_cpus, ray, "num_cpus", ray_runs),
+        ("ray.gcs", wanted.ray.gcs, ray, "gcs", ray_runs),
     ):
         if runs and port and port != entry.get(name, port):
             raise ConfigError(key, port, f"it runs with {entry.get(name) or 'all of them'}.", advice)
@@ -474,8 +482,10 @@ def _ray(pieces: Pieces, wanted: StackSettings, progress: Progress) -> None:
             step.result = f"at {wanted.ray.address}"
         return
     with progress.step("Ray") as step:
-        if not _reused_head(pieces, home):
-            if ray_head.stop(home):
+        if _restarted_control_store(pieces):
+            progress.say("Ray          its control store was gone and is back; what ran there goes on")
+        elif not _reused_head(pieces, home):
+            if ray_head.stop(home, at_once=True):
                 progress.say("Ray          an incomplete head was there; starting it anew")
             _start_head(pieces, wanted, home)
         step.result = f"at {pieces.stack.ray_address}, dashboard {pieces.stack.ray_dashboard}"
@@ -497,8 +507,24 @@ def _reused_head(pieces: Pieces, home: Path) -> bool:
     return False
 
 
+def _restarted_control_store(pieces: Pieces) -> bool:
+    """Whether a head that had lost its control store, and nothing else, has it again."""
+    entry = pieces.stack.processes.get("ray", {})
+    if not entry.get("arguments") or processes.recorded(entry) is not None:
+        return False
+    process = ray_head.restart_control_store(pieces.stack, entry["arguments"])
+    if process is None:
+        return False
+    pieces.put_process("ray", {**entry, **processes.record(process)})
+    # To the services it is the same head.
+    pieces.put(services={**pieces.stack.services, "head": _head_identity(pieces.stack)})
+    return True
+
+
 def _start_head(pieces: Pieces, wanted: StackSettings, home: Path) -> None:
     entry = pieces.stack.processes.get("ray", {})
+    pieces.remember("ray.gcs", wanted.ray.gcs)
+    gcs = wanted.ray.gcs or DEFAULT_GCS
     token = ray_head.ensure_token(home)
     prefer = int(entry.get("port") or ray_head.PREFERRED_PORT)
     prefer_dashboard = int(entry.get("dashboard_port") or ray_head.PREFERRED_DASHBOARD_PORT)
@@ -514,7 +540,7 @@ def _start_head(pieces: Pieces, wanted: StackSettings, home: Path) -> None:
             ray_token_path=str(token),
         )
         head = ray_head.start(
-            stack, port=port, dashboard_port=dashboard_port, num_cpus=wanted.ray.num_cpus, taken=taken
+            stack, port=port, dashboard_port=dashboard_port, num_cpus=wanted.ray.num_cpus, gcs=gcs, taken=taken
         )
         return stack, head, port, dashboard_port
 
@@ -522,8 +548,10 @@ def _start_head(pieces: Pieces, wanted: StackSettings, home: Path) -> None:
         start, chosen=not (wanted.ray.port and wanted.ray.dashboard_port)
     )
     pieces.put(ray_address=stack.ray_address, ray_dashboard=stack.ray_dashboard, ray_token_path=stack.ray_token_path)
+    more = {"arguments": head.cmdline()} if gcs == "rocksdb" else {}
     pieces.put_process(
-        "ray", processes.record(head, port=port, dashboard_port=dashboard_port, num_cpus=wanted.ray.num_cpus)
+        "ray",
+        processes.record(head, port=port, dashboard_port=dashboard_port, num_cpus=wanted.ray.num_cpus, gcs=gcs, **more),
     )
 
 

@@ -147,7 +147,7 @@ class BadMetric(UserError, ValueError):
 
 class RunFailed(OrchestratorError):
     """User code says that the run has failed, and of what: raised by `run.fail`. `failure_kind` is one of
-    `failures.rules.FailureKind`."""
+    `failures.rules.FailureKind`, or a name of the user's."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(kind, message)

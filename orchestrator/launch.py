@@ -1,5 +1,5 @@
 """The entry point of jobs: `python -m orchestrator.launch train key=value …`, with the options of `orc run`, and
-`… sweep key=value …` or `… sweep resume S` with those of `orc sweep`.
+`… sweep key=value …` or `… sweep resume S` with those of `orc sweep`; `… resume RUN` with those of `orc resume`.
 
 Made for `ray job submit`, also from a project that has a `jobs/` folder of its own: it needs nothing but this package.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from orchestrator.cli import main as cli
 from orchestrator.cli import text
 
-KINDS = {"train": "run", "sweep": "sweep"}
+KINDS = {"train": "run", "sweep": "sweep", "resume": "resume"}
 """What can be launched, and the verb of `orc` that does it."""
 
 

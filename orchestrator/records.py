@@ -252,3 +252,8 @@ class RunTicket:
     attempt: int
     directory: str
     """The run's directory, a URL or absolute path."""
+    seconds: float = field(default=0.0, compare=False)
+    """That the attempts before this one took together."""
+    earlier: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, hash=False)
+    """The attempts of the run that failed or finished before, oldest first, the newest 50: {"attempt", "status",
+    "error"}. Only for the driver, which goes on where the one before it was."""

@@ -22,6 +22,9 @@ HOME_VARIABLE = "ORC_HOME"
 EMBEDDED = "embedded"
 """Value of a URL setting that means: start one of our own, whatever was used before."""
 
+GCS = ("memory", "rocksdb")
+"""Values of ray.gcs."""
+
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 SCHEMES = ("postgresql+psycopg://", "postgresql://", "postgres://")
 
@@ -81,6 +84,9 @@ class RaySettings:
     """0: 8265 or the next free one."""
     num_cpus: int = 0
     """How many CPUs Ray may hand out; 0: what the machine (or container) has."""
+    gcs: str = ""
+    """Where the control store of a head of our own keeps its tables: rocksdb (on disk, so that it can be started again
+    under what runs) or memory. Empty: as the last time, at first rocksdb."""
 
 
 @dataclass(kw_only=True)
@@ -158,6 +164,11 @@ class StackSettings:
             given[key] = _interpolated(key, value)
         return cls.from_mapping(given)
 
+    def told(self) -> dict[str, Any]:
+        """What differs from the defaults: `from_mapping` makes the same of it."""
+        default = StackSettings()
+        return {key: value for key in _keys() if (value := _value(self, key)) != _value(default, key)}
+
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> StackSettings:
         """From dotted keys; refuses unknown keys and values that cannot be meant."""
@@ -171,6 +182,11 @@ class StackSettings:
             section = getattr(settings, group)
             setattr(section, name, _checked(key, value, type(getattr(section, name))))
         return settings
+
+
+def _value(settings: StackSettings, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(settings, group), name)
 
 
 def _keys() -> list[str]:
@@ -222,6 +238,8 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         return ""
     if text == EMBEDDED:
         return text
+    if key == "ray.gcs" and text not in ("", *GCS):
+        raise ConfigError(key, value, f"is none of {', '.join(GCS)}.")
     if key == "tracking.debug":
         from orchestrator.json_logs import SERVICE_COMPONENTS, check_components  # `orc ls` reads a stack without it
 
@@ -297,6 +315,10 @@ class Stack:
     """The actors that were started on Ray, and with which settings."""
     external: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Settings that point to somebody else's servers, so that the next `up` knows them: dotted key -> value."""
+    asked: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the last `up` was told, dotted key -> value: `orc keep` tells it the same."""
+    is_stopped: bool = False
+    """By `down`: nobody but `up` starts it again."""
     protocol: int = PROTOCOL
 
     @classmethod
@@ -380,6 +402,11 @@ class Stack:
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
             # What a rank prints goes to its log once; Ray Train would log each print a second time.
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            # The driver looks for nodes that are taken away, see execution/draining.py; Ray Train would start an actor
+            # for each run, and wait for ranks that know nothing of it.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            # Of a group of which a rank is gone the others need not take leave in order; by default they have 30 s.
+            "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
             # Workers stay where they are until ours takes them to the user's directory.
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
             **_without_proxy(),
@@ -397,8 +424,6 @@ class Stack:
                 # Ray's way of saying: one node, bind and connect to 127.0.0.1. By default it rewrites 127.0.0.1 to the
                 # host's address and listens everywhere. Head and clients must agree.
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-                # A single machine is not preempted; this saves one actor per run.
-                "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             }
         if self.mlflow_uri:
             environment["MLFLOW_TRACKING_URI"] = self.mlflow_uri

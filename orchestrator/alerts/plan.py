@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.alerts.rules import parse_rules
+from orchestrator.alerts.rules import DEFAULTS, parse_rules
 from orchestrator.config.names import did_you_mean
 from orchestrator.config.settings import AlertsConfig, EmailConfig, PagerdutyConfig, SlackConfig, WebhookConfig
 from orchestrator.config.typed import build, dump, unknown_key
 from orchestrator.errors import ConfigError
 
 LOG = "log"
+DEGRADED = "degraded"
 COMPLETION, FAILURE = "completion", "failure"
 
 VARIABLES: Mapping[tuple[str, str], str] = {
@@ -65,6 +66,9 @@ def planned(alerts: AlertsConfig, notify: Sequence[Any], environ: Mapping[str, s
         for rule in parse_rules(rules, defaults=alerts.defaults):
             for name in rule.notify or ():
                 plan.told(name, f"alerts.rules.{rule.name}.notify")
+        if alerts.defaults and DEGRADED not in rules:
+            told = [plan.told(item, f"alerts.administrators[{at}]")[0] for at, item in enumerate(alerts.administrators)]
+            rules[DEGRADED] = {**DEFAULTS[DEGRADED], "notify": told}
     if alerts == AlertsConfig() and not job:
         return {}
     return {

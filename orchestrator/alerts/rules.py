@@ -196,9 +196,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "metric": "system/gpu_*/utilization_percent", "when": "< 5", "clear": ">= 10", "for": "15m", "cooldown": 3600,
         "level": "info",
     },
+    "degraded": {"event": "degraded", "until": "recovered"},
 }  # fmt: skip
 """Rules of every run, by name. One of the same name in the configuration takes the place of one of these; `false`
-switches it off. They tell the run's events and the log, nobody else."""
+switches it off. They tell the run's events and the log, nobody else; `degraded`, the administrators, too."""
 
 
 def parse_rules(given: Mapping[str, Any], *, key: str = "alerts.rules", defaults: bool = True) -> tuple[Rule, ...]:

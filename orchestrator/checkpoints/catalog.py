@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.backends.storage import Entry, Storage
+from orchestrator.checkpoints import goodness
 from orchestrator.checkpoints.commit import QUARANTINE_NOTE, QUARANTINED
 from orchestrator.checkpoints.manifest import MANIFEST, CheckpointInfo, CheckpointState, Manifest, rank_file
 from orchestrator.errors import CheckpointCorrupt
@@ -46,6 +47,8 @@ class Found:
 
     manifest: Manifest
     holds: frozenset[Hold] = frozenset()
+    is_bad: bool = False
+    """The training had gone wrong by then, see goodness.py: nobody goes on from it, and no rule keeps it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ class Scan:
     """What lies under a run's `checkpoints/`. Directories with other names are not ours and not looked at."""
 
     committed: tuple[Manifest, ...]
-    """Newest first."""
+    """Newest first, also those that are no good."""
     corrupt: tuple[tuple[str, CheckpointCorrupt], ...]
     """Name and reason of those whose manifest itself is damaged."""
     incomplete: tuple[str, ...]
@@ -73,6 +76,11 @@ class Scan:
     """The committed ones with what holds them; no holds unless they were asked for."""
     unfinished: tuple[Incomplete, ...] = ()
     """The incomplete ones, described; only if holds were asked for."""
+
+    @property
+    def good(self) -> tuple[Manifest, ...]:
+        """The committed ones of trainings that went well, newest first."""
+        return tuple(one.manifest for one in self.found if not one.is_bad)
 
 
 def read_manifest(inside: Storage) -> Manifest:
@@ -85,7 +93,9 @@ def scan(storage: Storage, *, with_holds: bool = False, now: float = 0.0) -> Sca
     """Reads the manifests, and with `with_holds` lists the directories too; holds that ended before `now` do not count.
     Raises UnknownFormat for a manifest of another version, OSError when the storage does not answer."""
     found, corrupt, incomplete, unfinished = [], [], [], []
-    for entry in storage.entries():
+    entries = storage.entries()
+    marks = goodness.marks(storage) if any(entry.name == goodness.DIRECTORY for entry in entries) else ()
+    for entry in entries:
         if not entry.is_dir or not _NAME.fullmatch(entry.name):
             continue
         inside = storage.join(entry.name)
@@ -94,7 +104,7 @@ def scan(storage: Storage, *, with_holds: bool = False, now: float = 0.0) -> Sca
             if manifest.name != entry.name:
                 raise CheckpointCorrupt(inside.uri(), MANIFEST, f"name {entry.name}", manifest.name)
             holds = _holds(inside, inside.entries(), now) if with_holds else frozenset()
-            found.append(Found(manifest=manifest, holds=holds))
+            found.append(Found(manifest=manifest, holds=holds, is_bad=bool(goodness.why_bad(manifest, marks))))
         except FileNotFoundError:
             if _is_set_aside(inside):
                 continue

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints import catalog, commit, plan
+from orchestrator.checkpoints import catalog, commit, goodness, plan, pointers
 from orchestrator.checkpoints.clone import is_clone
 from orchestrator.checkpoints.job import Layout, Outcome, SaveJob, SlotResult
 from orchestrator.checkpoints.keeping import Keeping, keep_rules
@@ -219,6 +219,8 @@ class CheckpointEngine:
         self._staged: dict[str, CheckpointInfo] = {}
         """Token -> what is being written."""
         self._ended: list[Ended] = []
+        self._is_failing = False
+        """The last staged save came to nothing."""
         self._told: dict[str, CheckpointInfo] = {}
         """Name -> what the diary was told of committed ones."""
         self._counts: dict[int, int] = {}
@@ -638,6 +640,33 @@ class CheckpointEngine:
         message = f"{count} checkpoint(s) skipped, the last at {name}: earlier ones are still being written"
         self._tell("checkpoint-skipped", message, count=count, reasons=list(reasons))
 
+    def vouch(self, step: int) -> None:
+        """On all ranks, before a save: up to `step` the training is known to have gone well, and what lies beyond may
+        still turn out to be no good. So the newest checkpoint up to there is kept."""
+        if step != self._rules.vouched:
+            self._rules = replace(self._rules, vouched=step)
+            self._keeping.vouch(step)
+
+    def spoil(self, good_step: int, why: str) -> CheckpointInfo | None:
+        """On rank 0: the training has gone wrong after `good_step`. What it saved since is not gone on from by any
+        attempt, nor counted by retention, nor called best. Gives the newest one that is good. Raises OSError,
+        CheckpointError."""
+        made = goodness.Mark(attempt=self._attempt, good_step=good_step, why=why, at=self._clock.now())
+        goodness.mark(self._storage, made)
+        found = catalog.scan(self._storage)
+        pointers.update(self._storage, found.good, self._rules, now=self._clock.now())
+        for each in found.found:
+            if each.is_bad and each.manifest.name in self._told:
+                self._call_bad(each.manifest)
+        usable = [manifest for manifest in found.good if manifest.resumable]
+        return CheckpointInfo.of(usable[0], self._storage.uri(usable[0].name)) if usable else None
+
+    def _call_bad(self, manifest: Manifest) -> None:
+        """In the record; rank 0 only."""
+        info = CheckpointInfo.of(manifest, self._storage.uri(manifest.name), CheckpointState.bad)
+        self._told[manifest.name] = info
+        self._diary.checkpoint(info)
+
     # -- what became of staged ones ----------------------------------------------------------------------------------
 
     def poll(self) -> list[Ended]:
@@ -680,12 +709,18 @@ class CheckpointEngine:
         self._ended.append(Ended(info=info))
 
     def _end_badly(self, info: CheckpointInfo, why: str) -> None:
-        self._tell("checkpoint-failed", str(SaveFailed(info.uri, why)), level="error", reasons=list(info.reasons))
+        message = str(SaveFailed(info.uri, why))
+        if self._group.rank == 0:
+            # Each is an event; a storage that is away for hours is not an error line per save.
+            logger.log(logging.DEBUG if self._is_failing else logging.ERROR, message, extra={"run": self._run})
+            self._diary.event("checkpoint-failed", message, level="error", reasons=list(info.reasons))
+        self._is_failing = True
         self._ended.append(Ended(info=info, why=why))
 
     def _has_committed(self, info: CheckpointInfo, outcome: Outcome) -> None:
         """Tells of a checkpoint and of what it has displaced; rank 0 only."""
         logger.info("checkpoint committed", extra={"run": self._run, "step": info.step, "uri": info.uri})
+        self._is_failing = False
         self._told[_name_of(info)] = info
         self._diary.checkpoint(info)
         for name in outcome.deleted:
@@ -699,7 +734,7 @@ class CheckpointEngine:
 
     def newest(self) -> CheckpointInfo | None:
         """The newest durable one that training can go on from, as far as rank 0 knows; None on other ranks."""
-        usable = [info for info in self._told.values() if info.resumable]
+        usable = [info for info in self._told.values() if info.resumable and info.state is not CheckpointState.bad]
         return max(usable, key=lambda info: catalog.age_key(_name_of(info)), default=None)
 
     def stalled(self) -> float:
@@ -708,9 +743,11 @@ class CheckpointEngine:
 
     # -- restoring ---------------------------------------------------------------------------------------------------
 
-    def restore(self, state: TrainState, *, which: str = "latest") -> Stored | None:
+    def restore(self, state: TrainState, *, which: str = "latest", must_be_numbers: bool = False) -> Stored | None:
         """Loads the newest valid checkpoint into `state` (`which="best"`: the best valid one; or the one of that name);
-        None if there is none. Damaged ones are quarantined on the way, and what all ranks had written when they died is
+        None if there is none. Those that are no good are passed over, unless one is named; with `must_be_numbers` also
+        one whose model holds nan, which is no good from then on. Damaged ones are quarantined on the way, and what all
+        ranks had written when they died is
         committed. Tells the diary of all that exist.
 
         Raises CheckpointMismatch when it belongs to other code, Unreadable when the storage does not answer.
@@ -724,6 +761,9 @@ class CheckpointEngine:
             if stored is None:
                 self._quarantine(name, why)
                 skipped += 1
+                continue
+            if must_be_numbers and (found := self._nan_together(stored.snapshot)):
+                self._pass_over(stored.manifest, found)
                 continue
             state.apply(stored.snapshot, keeps_settings=is_clone(stored.manifest))
             if skipped:
@@ -742,13 +782,23 @@ class CheckpointEngine:
         committed = [*found.committed, *filter(None, map(self._finished, found.incomplete))]
         committed.sort(key=lambda manifest: catalog.age_key(manifest.name), reverse=True)
         self._tell_of_deleted(committed)
+        marks = goodness.marks(self._storage)
+        bad = {each.name: why for each in committed if (why := goodness.why_bad(each, marks))}
         for manifest in reversed(committed):
+            if manifest.name in bad:
+                self._call_bad(manifest)
+                continue
             self._told[manifest.name] = CheckpointInfo.of(manifest, self._storage.uri(manifest.name))
             if manifest.attempt == self._attempt:  # a clone: its name is taken
                 _, step, again = catalog.age_key(manifest.name)
                 self._counts[step] = max(self._counts.get(step, 0), again)
             self._diary.checkpoint(self._told[manifest.name])
-        usable = [manifest for manifest in committed if manifest.resumable]
+        usable = [manifest for manifest in committed if manifest.resumable and manifest.name not in bad]
+        if which in bad:
+            usable = [manifest for manifest in committed if manifest.resumable]
+        elif passed := [name for name in bad if not usable or catalog.age_key(name) > catalog.age_key(usable[0].name)]:
+            message = f"{len(passed)} newer checkpoint(s) are passed over, the newest {passed[0]}: {bad[passed[0]]}"
+            self._tell("checkpoint-passed-over", message, checkpoints=passed)
         if which == "best":
             usable = ranked(usable, self._rules.best[0])
         elif which != "latest":
@@ -785,6 +835,20 @@ class CheckpointEngine:
             if wrong:
                 return None, "; ".join(wrong)
         return stored, ""
+
+    def _nan_together(self, snapshot: Snapshot) -> str:
+        """Collective. The first tensor of the model with nan in it, on any rank; "" if there is none."""
+        return next(filter(None, self._group.gather(_nan_in(snapshot))), "")
+
+    def _pass_over(self, manifest: Manifest, tensor: str) -> None:
+        if self._group.rank != 0:
+            return
+        why = f"{tensor} holds nan"
+        made = goodness.Mark(attempt=manifest.attempt, good_step=manifest.step - 1, why=why, at=self._clock.now())
+        with suppress(OSError):  # then the next attempt finds it again
+            goodness.mark(self._storage, made)
+        self._call_bad(manifest)
+        self._tell("checkpoint-passed-over", f"{manifest.name} is passed over: {why}", checkpoints=[manifest.name])
 
     def _tell_of_deleted(self, committed: Sequence[Manifest]) -> None:
         """What others deleted since this run saved last: a neighbour for the quota, a user."""
@@ -895,6 +959,18 @@ def _not_finite(snapshot: Snapshot) -> str:
             tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
         )  # float8 knows no such question
         if not bool(torch.isfinite(wide).all()):
+            return name
+    return ""
+
+
+def _nan_in(snapshot: Snapshot) -> str:
+    """The first of the model's tensors, as they were stored, with nan in it; "" if there is none. Infinity may be
+    meant: masks have it."""
+    for name, tensor in snapshot.tensors["model"].items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        if bool(torch.isnan(wide).any()):
             return name
     return ""
 

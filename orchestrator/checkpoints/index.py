@@ -85,6 +85,8 @@ def rebuild(
 
 def row_of(found: Found, uri: str, state: CheckpointState = CheckpointState.committed) -> dict[str, Any]:
     """What the database keeps of a checkpoint."""
+    if found.is_bad and state is CheckpointState.committed:
+        state = CheckpointState.bad
     return {**catalog.row(found.manifest, uri, state), "is_pinned": Hold.pinned in found.holds}
 
 

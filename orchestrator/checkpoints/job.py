@@ -115,6 +115,8 @@ class KeepRules:
     for_seconds: float = 0.0
     quota_bytes: int = 0
     """What the checkpoints of all runs of the experiment may take together; the oldest go first."""
+    vouched: int = -1
+    """The newest step at which the training is known to have gone well, where that is known late; -1: nobody asks."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> KeepRules:
@@ -154,7 +156,10 @@ class SaveJob:
 
     def encode(self) -> bytes:
         raw = {name: getattr(self, name) for name in _JOB_FIELDS}
-        return _canonical({**raw, "texts": dict(self.texts), "keep": asdict(self.keep)})
+        keep = asdict(self.keep)
+        if self.keep.vouched < 0:  # a writer that was started before there was this key goes on being of use
+            del keep["vouched"]
+        return _canonical({**raw, "texts": dict(self.texts), "keep": keep})
 
     @classmethod
     def decode(cls, data: bytes) -> SaveJob:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints import catalog, pointers
+from orchestrator.checkpoints import catalog, goodness, pointers
 from orchestrator.checkpoints.catalog import Found, Hold
 from orchestrator.checkpoints.job import BestRule, KeepRules
 from orchestrator.checkpoints.manifest import MANIFEST, Manifest
@@ -53,8 +53,14 @@ class Keeping:
     def __init__(self, storage: Storage, rules: KeepRules, *, attempt: int) -> None:
         self._storage, self._rules, self._attempt = storage, rules, attempt
         self._known: dict[str, Manifest] = {}
+        self._marks: tuple[goodness.Mark, ...] = ()
         self._quota: Quota | None = None
         self._swept_at: float | None = None
+
+    def vouch(self, step: int) -> None:
+        """From now on the training is known to have gone well up to `step`; see KeepRules."""
+        if step != self._rules.vouched:
+            self._rules = replace(self._rules, vouched=step)
 
     def after_commit(self, newest: Manifest, *, now: float) -> Tidied:
         """Never raises for what the storage does; `now` is in seconds since 1970."""
@@ -71,7 +77,8 @@ class Keeping:
                     for_quota.append((newest.run, manifest))
             if self._rules.quota_bytes:
                 self._keep_to_quota(newest, deleted, for_quota, now)
-            pointers.update(self._storage, list(self._known.values()), self._rules, now=now)
+            good = [each.manifest for each in self._found() if not each.is_bad]
+            pointers.update(self._storage, good, self._rules, now=now)
             if self._swept_at is None or now - self._swept_at >= SWEEP_EVERY:
                 self._swept_at = now
                 catalog.sweep(self._storage, attempt=self._attempt, now=now)
@@ -83,7 +90,10 @@ class Keeping:
     def _look(self, newest: Manifest) -> list[Manifest]:
         """Others delete and commit here too: a user, a neighbour for the quota, the writer of an attempt that is over.
         What was deleted since the last look."""
-        names = {entry.name for entry in self._storage.entries() if entry.is_dir and catalog.is_name(entry.name)}
+        entries = self._storage.entries()
+        has_marks = any(entry.name == goodness.DIRECTORY for entry in entries)
+        self._marks = goodness.marks(self._storage) if has_marks else ()
+        names = {entry.name for entry in entries if entry.is_dir and catalog.is_name(entry.name)}
         known = {name: manifest for name, manifest in self._known.items() if name in names}
         gone = [self._known[name] for name in sorted(self._known.keys() - names, key=catalog.age_key)]
         for name in sorted(names - known.keys() - {newest.name}):
@@ -94,9 +104,15 @@ class Keeping:
         self._known = {**known, newest.name: newest}
         return gone
 
+    def _found(self) -> list[Found]:
+        return [
+            Found(manifest=manifest, is_bad=bool(goodness.why_bad(manifest, self._marks)))
+            for manifest in self._known.values()
+        ]
+
     def _doomed(self, newest: str, now: float) -> list[tuple[Manifest, str]]:
         """Each with the reason."""
-        found = {name: Found(manifest=manifest) for name, manifest in self._known.items()}
+        found = {each.manifest.name: each for each in self._found()}
         while True:
             everything = list(found.values())
             chosen = doomed(everything, self._rules, now=now, attempt=self._attempt, newest=newest)
@@ -109,7 +125,7 @@ class Keeping:
                 if holds is None:
                     del found[name], self._known[name]
                 elif holds:
-                    found[name] = Found(manifest=found[name].manifest, holds=holds)
+                    found[name] = replace(found[name], holds=holds)
 
     def _kept_after_all(self, name: str, now: float) -> frozenset[Hold] | None:
         """What holds a checkpoint; None if it is none any more: found damaged, its bytes are not ours to delete."""
@@ -127,7 +143,7 @@ class Keeping:
             return  # alone: `doomed` has done it
         quota, until = self._quota, time.monotonic() + LOOK_SECONDS
         fixed = {newest.name} | {name for name, each in self._known.items() if each.attempt > self._attempt}
-        mine = {name: Found(manifest=manifest) for name, manifest in self._known.items()}
+        mine = {each.manifest.name: each for each in self._found()}
         chosen = quota.over(list(mine.values()), frozenset(fixed), now=now)
         while chosen:
             was_refused = False
@@ -143,7 +159,7 @@ class Keeping:
                     continue
                 holds = self._kept_after_all(manifest.name, now)
                 if holds:
-                    mine[manifest.name] = Found(manifest=manifest, holds=holds)
+                    mine[manifest.name] = replace(mine[manifest.name], holds=holds)
                     was_refused = True
                     continue
                 del self._known[manifest.name], mine[manifest.name]

@@ -150,7 +150,7 @@ def _first_valid(storage: Storage, which: str) -> tuple[Storage, Stored, tuple[s
         found = catalog.scan(storage)
         skipped |= {name: f"{name}: {error}" for name, error in found.corrupt}
         is_outdated = False
-        for manifest in _wanted(storage, found.committed, which):
+        for manifest in _wanted(storage, found.good, which):
             if manifest.name in skipped:
                 continue
             try:

@@ -25,6 +25,8 @@ class CheckpointState(StrEnum):
     staged = "staged"
     """In memory, being written; it does not exist before it is committed."""
     committed = "committed"
+    bad = "bad"
+    """Committed when the training had gone wrong; see goodness.py."""
     quarantined = "quarantined"
     deleted = "deleted"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from orchestrator.backends.storage import Storage
-from orchestrator.checkpoints import catalog
+from orchestrator.checkpoints import catalog, goodness
 from orchestrator.checkpoints.catalog import DIRECTORY, Found, Hold, age_key
 from orchestrator.checkpoints.job import KeepRules
 from orchestrator.checkpoints.manifest import MANIFEST, FileEntry, Manifest, UnknownFormat
@@ -78,7 +78,7 @@ class Quota:
         if holds:
             known[manifest.name] = replace(known[manifest.name], holds=holds)
             return False
-        newer = [name for name in known if age_key(name) > age_key(manifest.name)]
+        newer = [name for name in known if age_key(name) > age_key(manifest.name) and not known[name].is_bad]
         if not any(known[name].manifest.resumable and root.exists(f"{name}/{MANIFEST}") for name in newer):
             # Somebody deleted what was newer: this may be all that the run has.
             known[manifest.name] = replace(known[manifest.name], holds=frozenset({Hold.in_use}))
@@ -107,7 +107,9 @@ class Quota:
         assert self._experiment is not None
         root = self._experiment.join(run, DIRECTORY)
         found = {}
-        for entry in root.entries():
+        entries = root.entries()
+        marks = goodness.marks(root) if any(entry.name == goodness.DIRECTORY for entry in entries) else ()
+        for entry in entries:
             if not entry.is_dir or not catalog.is_name(entry.name):
                 continue
             try:
@@ -116,7 +118,8 @@ class Quota:
             except (FileNotFoundError, CheckpointCorrupt, UnknownFormat):
                 continue
             if manifest.run == run and manifest.name == entry.name:
-                found[entry.name] = Found(manifest=manifest)  # what held it may be over
+                is_bad = bool(goodness.why_bad(manifest, marks))
+                found[entry.name] = Found(manifest=manifest, is_bad=is_bad)  # what held it may be over
         return found
 
 

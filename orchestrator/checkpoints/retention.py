@@ -26,10 +26,14 @@ def kept(checkpoints: Sequence[Found], rules: KeepRules, *, now: float) -> dict[
     """Name -> why it is kept, oldest first; those that nothing keeps are left out.
 
     Example: {"step_00000010-a1": ("best val/loss",), "step_00000030-a1": ("last", "pinned")}. `now` is in seconds since
-    1970. What holds a checkpoint (pinned, registered, in use) keeps it whatever the rules say.
+    1970. What holds a checkpoint (pinned, registered, in use) keeps it whatever the rules say. Those that are no good
+    are kept by no rule, unless all are.
     """
-    newest_first = sorted((found.manifest for found in checkpoints), key=lambda m: age_key(m.name), reverse=True)
-    reasons: dict[str, list[str]] = {manifest.name: [] for manifest in reversed(newest_first)}
+    by_age = sorted(checkpoints, key=lambda found: age_key(found.manifest.name))
+    reasons: dict[str, list[str]] = {found.manifest.name: [] for found in by_age}
+    for found in by_age:
+        reasons[found.manifest.name] += ["all are kept"] if found.is_bad and not rules.last else []
+    newest_first = [found.manifest for found in reversed(by_age) if not found.is_bad]
     for policy in _POLICIES:
         for name, reason in policy(newest_first, rules, now):
             reasons[name].append(reason)
@@ -52,7 +56,7 @@ def doomed(checkpoints: Sequence[Found], rules: KeepRules, *, now: float, attemp
     if rules.quota_bytes:
         names = {manifest.name for manifest in gone}
         stay = [found.manifest for found in by_age if found.manifest.name not in names]
-        fixed = names | _needed(checkpoints)
+        fixed = names | _needed(checkpoints) | {name for name, why in because.items() if VOUCHED in why}
         movable = [found.manifest for found in mine if found.manifest.name not in fixed and not found.holds]
         # The best ones go last: they cannot be made again by training on.
         movable.sort(key=lambda manifest: any(why.startswith("best") for why in because[manifest.name]))
@@ -88,7 +92,7 @@ def over_quota(
             for found in each
             if not found.holds and found.manifest.name not in needed and (may_go is None or may_go(run, found.manifest))
         ]
-        newest_first = [found.manifest for found in reversed(_by_age(each))]
+        newest_first = [found.manifest for found in reversed(_by_age(each)) if not found.is_bad]
         for rule in rules.best if rules else ():
             best |= {id(manifest) for manifest in ranked(newest_first, rule)[: rule.count]}
     movable.sort(key=lambda m: (id(m) in best, m.created, run_of[id(m)], age_key(m.name)))
@@ -108,7 +112,7 @@ def _excess(present: Sequence[Manifest], movable: Sequence[Manifest], quota_byte
 
 
 def _needed(checkpoints: Sequence[Found]) -> set[str]:
-    by_age = [found.manifest for found in _by_age(checkpoints)]
+    by_age = [found.manifest for found in _by_age(checkpoints) if not found.is_bad]
     return {manifest.name for manifest in (*by_age[-1:], *[m for m in by_age if m.resumable][-1:])}
 
 
@@ -153,7 +157,20 @@ def _young(newest_first: Sequence[Manifest], rules: KeepRules, now: float) -> It
             yield manifest.name, f"younger than {rules.for_seconds / 3600:g} h"
 
 
-_POLICIES: tuple[Policy, ...] = (_last, _best, _every_steps, _young)
+def _vouched(newest_first: Sequence[Manifest], rules: KeepRules, now: float) -> Iterable[tuple[str, str]]:
+    """The newest one that is known to be good, to go back to should the training turn out to have gone wrong since; and
+    the oldest after it, which will be that when more is known."""
+    if rules.vouched < 0:
+        return
+    usable = [manifest for manifest in newest_first if manifest.resumable]
+    known = [manifest for manifest in usable if manifest.step <= rules.vouched]
+    later = [manifest for manifest in usable if manifest.step > rules.vouched]
+    for manifest in (*known[:1], *later[-1:]):
+        yield manifest.name, VOUCHED
+
+
+VOUCHED = "known to be good"
+_POLICIES: tuple[Policy, ...] = (_last, _best, _every_steps, _young, _vouched)
 
 
 def ranked(newest_first: Sequence[Manifest], rule: BestRule) -> list[Manifest]:

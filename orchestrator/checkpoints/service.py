@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -445,10 +445,11 @@ class WriterService:
     def _tidied(self, job: SaveJob, manifest: Manifest) -> Tidied:
         """Never raises: the checkpoint is safe whatever happens here. One thread at a time; what is known of an
         attempt's checkpoints is kept from commit to commit."""
-        of = job.storage_url, job.attempt, job.keep
+        of = job.storage_url, job.attempt, replace(job.keep, vouched=-1)  # that changes with each save
         with self._tidying:
             try:
                 keeping = self._keepings.pop(of, None) or Keeping(self._storage(job), job.keep, attempt=job.attempt)
+                keeping.vouch(job.keep.vouched)
                 self._keepings[of] = keeping
                 while len(self._keepings) > _KEEPINGS:
                     del self._keepings[next(iter(self._keepings))]

@@ -76,10 +76,11 @@ class Place:
         """By its name, its label, its step, `latest` or `best`; without a name the latest. Raises NoCheckpoint."""
         found = {each.manifest.name: each for each in scan.found}
         newest_first = [found[manifest.name] for manifest in scan.committed]
-        if name == BEST and (best := self._best(newest_first)) is not None:
+        good = [each for each in newest_first if not each.is_bad]
+        if name == BEST and (best := self._best(good)) is not None:
             return best
-        if name in ("", LATEST) and newest_first:
-            return newest_first[0]
+        if name in ("", LATEST) and good:
+            return good[0]
         for each in newest_first:
             if name and name in (each.manifest.name, each.manifest.label, str(each.manifest.step)):
                 return each

@@ -68,7 +68,7 @@ def rm(arguments: argparse.Namespace, output: Output) -> int:
         for place in {place.reference: place for place, _ in doomed}.values():
             rules = from_config(place.run.config) if place.run else None
             if rules is not None:
-                pointers.update(place.storage, place.scan().committed, rules, now=time.time())
+                pointers.update(place.storage, place.scan().good, rules, now=time.time())
     output.result(document, lambda: _tell(output, lines, "removed"))
     return 0
 
@@ -97,9 +97,9 @@ def _refuse(places: Places, place: Place, found: Found, *, force: bool) -> None:
         raise Held(manifest.id, "it is pinned", f"`{unpin}` first, or --force.")
     if Hold.in_use in found.holds:
         raise Held(manifest.id, "somebody is reading it", "Wait until that ends, or --force.")
-    committed = place.scan().committed
-    resumable = [each for each in committed if each.resumable]  # what is newest may be weights alone
-    needed = {each.name for each in (*committed[:1], *resumable[:1])}
+    good = place.scan().good
+    resumable = [each for each in good if each.resumable]  # what is newest may be weights alone
+    needed = {each.name for each in (*good[:1], *resumable[:1])}
     if place.run is not None and not place.run.status.is_terminal and manifest.name in needed:
         why = f"it is the newest of run {place.run.name}, which is {place.run.status} and would restart from it"
         raise Held(manifest.id, why, f"`orc cancel {place.run.run}` ends the run; --force removes it all the same.")
@@ -222,7 +222,8 @@ def _gone(place: Place, scan: Scan, listed: Sequence[CheckpointRow]) -> list[str
     names = {manifest.name for manifest in scan.committed}
     if not place.storage.exists():  # on another host, not mounted, or never made
         return []
-    ours = [row for row in listed if row.state == CheckpointState.committed and catalog.is_name(_name(row))]
+    there = (CheckpointState.committed, CheckpointState.bad)
+    ours = [row for row in listed if row.state in there and catalog.is_name(_name(row))]
     return [row.id for row in ours if _name(row) not in names and not place.storage.exists(_name(row))]
 
 
@@ -310,7 +311,7 @@ def _clean(places: Places, work: Cleaning, now: float) -> None:
         raise Unreachable(place.storage.uri(), error.strerror or str(error)) from error
     work.sweep = [each for each in work.sweep if each.name in swept]
     if work.rules is not None:
-        pointers.update(place.storage, place.scan().committed, work.rules, now=now)
+        pointers.update(place.storage, place.scan().good, work.rules, now=now)
 
 
 def _run_document(work: Cleaning) -> dict[str, Any]:

@@ -178,6 +178,10 @@ def _submit(parser: argparse.ArgumentParser) -> None:
         "--env", metavar="NAME", action="append", default=[],
         help="an environment variable that the job gets from here; no secrets: who may list jobs can read it",
     )  # fmt: skip
+    parser.add_argument(
+        "--in-place", action="store_true",
+        help="send nothing: the job runs in the working directory, which the cluster's head must see",
+    )  # fmt: skip
     parser.add_argument("--detach", "-d", action="store_true", help="do not wait for the job")
     parser.add_argument(
         "--id", metavar="ID", default="", help="the job's id; a job that has it already is followed, not started again"
@@ -199,6 +203,22 @@ def _services(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="e.g. database.url=… ray.address=… mlflow.enabled=false"
     )
+
+
+def _keep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--once", action="store_true", help="look once, answer what is found, and end")
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=_seconds, default=5.0, help="time between two looks (default 5)"
+    )
+    parser.add_argument("--all", action="store_true", help="every interrupted run (default: those with run.keep=true)")
+    parser.add_argument("--local", action="store_true", help="runs without Ray, too, as processes of this host")
+    parser.add_argument(
+        "--since", metavar="HOURS", type=_hours, default=24.0, help="only runs that ended so long ago (default 24)"
+    )
+    parser.add_argument(
+        "--most", metavar="N", type=_positive, default=5,
+        help="times that a run whose attempts live less than ten minutes is begun again (default 5)",
+    )  # fmt: skip
 
 
 def _api(parser: argparse.ArgumentParser) -> None:
@@ -451,6 +471,16 @@ def _seconds(given: str) -> float:
     return value
 
 
+def _hours(given: str) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{given!r} is no number of hours from 0 to 10,000")
+    return value
+
+
 def _amount(given: str) -> float:
     try:
         value = float(given)
@@ -485,7 +515,8 @@ VERBS: tuple[Verb, ...] = (
         summary="train as a Ray job: send this directory to the cluster, follow the job's output",
         target="submit:submit",
         define=_submit,
-        epilog="example: orc submit train=my_project.digits:train optim.lr=0.01 --exclude data/ --detach",
+        epilog="example: orc submit train=my_project.digits:train optim.lr=0.01 --exclude data/ --detach. What is run"
+        " may be said first: sweep KEY=VALUE …, resume RUN, sweep resume SWEEP.",
     ),
     Verb(
         name="resume",
@@ -749,6 +780,15 @@ VERBS: tuple[Verb, ...] = (
     Verb(name="status", topic=SERVICES, summary="each service: up, or why not", target="services:status"),
     Verb(
         name="doctor", topic=SERVICES, summary="what is wrong, and the command that mends it", target="services:doctor"
+    ),
+    Verb(
+        name="keep",
+        topic=SERVICES,
+        summary="bring back what dies: services, and runs that nobody ended",
+        target="services:keep",
+        define=_keep,
+        epilog="Runs until ctrl-C, which touches nothing else. With --json one document per line. Exit codes of --once:"
+        " 0 all that was found was answered, 1 something was not.",
     ),
     Verb(
         name="fsck",

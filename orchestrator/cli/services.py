@@ -1,4 +1,4 @@
-"""The verbs about services and this installation: up, down, status, doctor, env, version."""
+"""The verbs about services and this installation: up, down, status, doctor, keep, env, version."""
 
 from __future__ import annotations
 
@@ -36,14 +36,30 @@ def _cluster(verb: str, arguments: argparse.Namespace, output: Output, settings:
 
     `-P` and PYTHONPATH make sure that it is our folder even where the working directory has a `cluster/` too.
     """
-    command = [sys.executable, "-P", "-m", "cluster", verb, "--home", str(arguments.home), *settings]
-    command += [flag for flag, given in (("--json", arguments.json), ("--debug", arguments.debug)) if given]
+    command = _command(verb, arguments, settings)
     output.has_result = True
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(application.root())})
     try:
         return process.wait()
     except KeyboardInterrupt:
         return process.wait()  # the terminal sent ctrl-C to the other process, too, which tells what it left
+
+
+def _command(verb: str, arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-P", "-m", "cluster", verb, "--home", str(arguments.home), *words]
+    return command + [flag for flag, given in (("--json", arguments.json), ("--debug", arguments.debug)) if given]
+
+
+def keep(arguments: argparse.Namespace, output: Output) -> int:
+    """In place of this process, so that a service manager's signals reach the one that looks."""
+    Stack.load(arguments.home)
+    words = [f"--{name}={getattr(arguments, name)}" for name in ("interval", "since", "most")]
+    words += [f"--{name}" for name in ("once", "all", "local") if getattr(arguments, name)]
+    command = _command("keep", arguments, words)
+    output.stdout.flush()
+    told = os.environ.get("PYTHONPATH", "")  # for the user's code, which the keeper starts again
+    path = os.pathsep.join([str(application.root()), *([told] if told else [])])
+    os.execve(command[0], command, {**os.environ, "PYTHONPATH": path})
 
 
 def environment(arguments: argparse.Namespace, output: Output) -> int:

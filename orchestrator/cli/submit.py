@@ -30,7 +30,7 @@ from orchestrator.stack import Stack
 from orchestrator.store.names import run_id
 from orchestrator.sweeps.template import template
 
-KINDS = {"run": "train", "train": "train", "sweep": "sweep"}
+KINDS = {"run": "train", "train": "train", "sweep": "sweep", "resume": "resume"}
 """What can be submitted, and the word for it of `python -m orchestrator.launch`."""
 
 VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z_]\w*)")
@@ -49,14 +49,15 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
         raise ConfigError("--id", arguments.id, "is no id of a job.", hint)
     address, variables = submission.job_server(arguments.address, os.environ, Stack.find(arguments.home))
     os.environ.update(variables)  # before the user's module is imported, which may import ray
-    resumed = _resumed(kind, arguments)
+    resumed = _resumed(kind, arguments, directory)
     job, config_dir = (resumed, "") if resumed else _checked(kind, arguments, directory)
     overrides = list(arguments.overrides)
     if not job.settings.run.user and not resumed:  # the job itself runs under the cluster's account
         overrides.append(f"run.user={json.dumps(user_name(), ensure_ascii=False)}")
     forwarded = forwarded_variables([*job.settings.submit.env, *arguments.env], os.environ)
     _note_variables(job, arguments.overrides, forwarded, output)
-    files = upload.selected(directory, [*job.settings.submit.exclude, *arguments.exclude], [arguments.home])
+    exclude = [*job.settings.submit.exclude, *arguments.exclude]
+    files = [] if arguments.in_place else upload.selected(directory, exclude, [arguments.home])
     upload.check_names(directory, files, Path(orchestrator.__file__).parent)
     size = upload.check_size(directory, files, job.settings.submit.max_mb)
     if private := [file.path for file in files if is_secret_file(file.path)]:
@@ -66,10 +67,12 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
     # With `resume: auto` only the cluster knows which run it will be.
     run = "" if resumed or job.settings.run.resume is Resume.auto else run_id(time.time())
     command = entrypoint(kind, overrides, run=run, base=arguments.base or "", config_dir=config_dir)
+    if arguments.in_place:
+        command = f"cd {shlex.quote(str(directory))} && {command}"
     with tempfile.TemporaryDirectory(prefix="orc-submit-") as scratch:
         archive = Path(scratch) / "project.zip"
         code = upload.pack(directory, files, archive) if files else ""
-        metadata = _metadata(job, run, code)
+        metadata = _metadata(job, overrides[-1] if resumed else run, code)
         id = arguments.id or run or f"orc-{run_id(time.time())}"
         state = server.job(id) if arguments.id else None
         if state is not None:
@@ -80,7 +83,8 @@ def submit(arguments: argparse.Namespace, output: Output) -> int:
             if capacity is not None:
                 config.check_resources(job.settings, capacity)
             packed = f", {upload.megabytes(archive.stat().st_size)} packed" if files else ""
-            output.message(f"sending {len(files)} files, {upload.megabytes(size)}{packed}, to {address}")
+            what = f"{len(files)} files, {upload.megabytes(size)}{packed}" if files else "no files"
+            output.message(f"sending {what}, to {address}")
             wanted = Submission(
                 id=id,
                 entrypoint=command,
@@ -135,18 +139,27 @@ def check_no_secret(overrides: Iterable[str]) -> None:
             raise ConfigError(key, None, why, hint)
 
 
-def _resumed(kind: str, arguments: argparse.Namespace) -> Job | None:
-    """The stored configuration of a sweep that shall go on (`orc submit sweep resume S`); None: it is something else.
-    The job is told the id, because `last` may be another one when it starts."""
-    if kind != KINDS["sweep"] or arguments.overrides[:1] != ["resume"]:
+def _resumed(kind: str, arguments: argparse.Namespace, directory: Path) -> Job | None:
+    """The stored configuration of a run or sweep that shall go on (`orc submit resume RUN`, `orc submit sweep resume
+    S`); None: it is something else. The job is told the id, because `last` may be another one when it starts."""
+    words = arguments.overrides
+    if kind == KINDS["resume"]:
+        if len(words) != 1:
+            raise UserError("Which run? Write: orc submit resume RUN")
+        with open_catalog(arguments.home) as catalog:
+            stored = catalog.run(words[0])
+        arguments.overrides = [stored.run]
+        with contextlib.chdir(directory):
+            return config.compose((), base=stored.config)
+    if kind != KINDS["sweep"] or words[:1] != ["resume"]:
         return None
-    if len(arguments.overrides) != 2:
+    if len(words) != 2:
         raise UserError("Which sweep? Write: orc submit sweep resume SWEEP")
     with open_catalog(arguments.home) as catalog:
-        sweep = catalog.sweep(arguments.overrides[1]).sweep
-        stored = catalog.run(sweep).config
+        sweep = catalog.sweep(words[1]).sweep
+        stored = catalog.run(sweep)
     arguments.overrides = ["resume", sweep]
-    return template((), base=stored, keeps_sweep=True)[0].base
+    return template((), base=stored.config, keeps_sweep=True)[0].base
 
 
 def _checked(kind: str, arguments: argparse.Namespace, directory: Path) -> tuple[Job, str]:

@@ -314,7 +314,7 @@ def score_of(trial: TrialRow, metric: str, view: SweepView) -> float | None:
 
 def _checkpoint(catalog: Catalog, run: str) -> str:
     """The best one's address, else the newest's; '' where there is none."""
-    rows = [row for row in catalog.checkpoints(run) if row.uri and row.state not in ("deleted", "quarantined")]
+    rows = [row for row in catalog.checkpoints(run) if row.uri and row.state not in ("deleted", "quarantined", "bad")]
     best_row = next((row for row in rows if row.is_best), None)
     newest = max(rows, key=lambda row: row.step if row.step is not None else -1, default=None)
     row = best_row or newest

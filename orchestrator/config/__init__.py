@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.capacity import ClusterCapacity, NodeCapacity, check_resources, gangs
-from orchestrator.config.functions import config_schema, load_function
+from orchestrator.config.functions import config_schema, load_failure_function, load_function
 from orchestrator.config.identity import ABSENT, Change, canonical_json, config_hash, diff, flatten
 from orchestrator.config.job import Job, render
 from orchestrator.config.redaction import SecretFilter, looks_secret, redact, redact_text, redact_url
@@ -78,6 +78,7 @@ __all__ = [
     "flatten",
     "from_hydra",
     "gangs",
+    "load_failure_function",
     "load_function",
     "looks_secret",
     "redact",

@@ -31,35 +31,36 @@ class ClusterCapacity:
 
 
 def check_resources(settings: Settings, cluster: ClusterCapacity) -> None:
-    """Raises ConfigError if the cluster, even when empty, can never place the workers. Names the nearest that fits."""
+    """Raises ConfigError if the cluster, even when empty, can never place the workers; of an elastic run the least of
+    them. Names the nearest that fits."""
     wanted = settings.resources
+    key = "resources.min_workers" if wanted.min_workers else "resources.workers"
+    workers = wanted.min_workers or wanted.workers
     if not cluster.nodes:
-        raise ConfigError(
-            "resources.workers", wanted.workers, "the cluster has no nodes.", "`orc status` shows the cluster."
-        )
+        raise ConfigError(key, workers, "the cluster has no nodes.", "`orc status` shows the cluster.")
     for name, unit, asked, largest in _worker_limits(wanted, cluster):
         if asked > largest + _ROUNDING:
-            key = f"resources.{name}"
+            too_much = f"resources.{name}"
             why = f"no node of the cluster has that much: the largest has {largest:g} {unit} ({_shape(cluster)})."
-            near = f"The nearest that fits is {key}={_floor(largest):g}." if largest > 0 else _without(name)
-            raise ConfigError(key, asked, why, near)
+            near = f"The nearest that fits is {too_much}={_floor(largest):g}." if largest > 0 else _without(name)
+            raise ConfigError(too_much, asked, why, near)
     fitting = [_fit(node, wanted) for node in cluster.nodes]
     possible = _placeable(fitting, wanted.placement)
     if possible == 0:
         why = f"no node has {_worker(wanted)} at the same time: the cluster has {_shape(cluster)}."
         raise ConfigError("resources", None, why, "Ask for less of one of them per worker.")
-    if wanted.workers <= possible:
+    if workers <= possible:
         return
     rule = {Placement.strict_pack: " on one node", Placement.strict_spread: " on nodes of their own"}.get(
         wanted.placement, ""
     )
     why = (
-        f"the cluster can never place {wanted.workers} workers of {_worker(wanted)} each{rule}: "
+        f"the cluster can never place {workers} workers of {_worker(wanted)} each{rule}: "
         f"it has {_shape(cluster)}, room for {possible}."
     )
-    hint = f"The nearest that fits is resources.workers={possible}"
-    hint += _smaller_workers(wanted, cluster)
-    raise ConfigError("resources.workers", wanted.workers, why, hint + ".")
+    hint = f"The nearest that fits is {key}={possible}"
+    hint += _smaller_workers(wanted, workers, cluster)
+    raise ConfigError(key, workers, why, hint + ".")
 
 
 def gangs(settings: Settings, cluster: ClusterCapacity) -> int:
@@ -115,18 +116,18 @@ def _placeable(fitting: list[int], placement: Placement) -> int:
     return sum(fitting)
 
 
-def _smaller_workers(wanted: ResourcesConfig, cluster: ClusterCapacity) -> str:
+def _smaller_workers(wanted: ResourcesConfig, workers: int, cluster: ClusterCapacity) -> str:
     """A second way out: the same number of workers with fewer CPUs each, where that alone would do."""
     for cpus in (4.0, 2.0, 1.0, 0.5):
         if cpus < wanted.cpus_per_worker:
             smaller = ResourcesConfig(
-                workers=wanted.workers,
+                workers=workers,
                 cpus_per_worker=cpus,
                 gpus_per_worker=wanted.gpus_per_worker,
                 memory_gb_per_worker=wanted.memory_gb_per_worker,
                 placement=wanted.placement,
             )
-            if _placeable([_fit(node, smaller) for node in cluster.nodes], wanted.placement) >= wanted.workers:
+            if _placeable([_fit(node, smaller) for node in cluster.nodes], wanted.placement) >= workers:
                 return f", or resources.cpus_per_worker={cpus:g}"
     return ""
 

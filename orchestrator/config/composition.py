@@ -39,7 +39,7 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from orchestrator.config.functions import config_schema, load_function
+from orchestrator.config.functions import config_schema, load_failure_function, load_function
 from orchestrator.config.identity import ABSENT, config_hash, flatten, json_number
 from orchestrator.config.job import Job
 from orchestrator.config.names import did_you_mean, lookalike, nearest
@@ -290,6 +290,7 @@ def _composed(
     for override in values:
         if _head(override) in OURS:
             _set_ours(config, override)
+    _spell_out_workers(config)
     schema = _schema(config, user_schema, needs_train)
     config = _with_defaults(config, schema)
     for override in values:
@@ -529,6 +530,19 @@ def _set_ours(config: DictConfig, override: Override) -> None:
     _update(config, key, value)
 
 
+def _spell_out_workers(config: DictConfig) -> None:
+    """`resources.workers: {min: 1, max: 4}` is how an elastic run may be written; nobody else sees it so."""
+    given = _unresolved(config).get("resources")
+    span = given.get("workers") if isinstance(given, dict) else None
+    if not isinstance(span, dict):
+        return
+    if set(span) != {"min", "max"}:
+        why = "is neither a number nor a span from min to max."
+        raise ConfigError("resources.workers", span, why, "Example: resources.workers={min: 1, max: 4}")
+    _replace(config, "resources.workers", span["max"])
+    _replace(config, "resources.min_workers", span["min"])
+
+
 def _set_users(
     config: DictConfig, override: Override, schema: type | None, *, is_declared: bool, lenient: bool
 ) -> None:
@@ -682,15 +696,25 @@ def _restored(base: Mapping[str, Any], *, keeps_sweep: bool) -> dict[str, Any]:
         ):
             continue
         if name in _sections() and isinstance(value, Mapping):
-            value = {
-                key: item
-                for key, item in value.items()
-                if f"{name}.{key}" in _OUR_KEYS and f"{name}.{key}" not in NOT_INHERITED
-            }
+            value = _taken_over(str(name), value)
         kept[str(name)] = value
     restored = _without_hidden(kept)
     assert isinstance(restored, dict)
     return restored
+
+
+def _taken_over(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What another run takes of a section of ours, sections within it included."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{section}.{name}"
+        if key in NOT_INHERITED:
+            continue
+        if key in _OUR_KEYS:
+            kept[name] = value
+        elif isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in _OUR_KEYS):
+            kept[name] = _taken_over(key, value)
+    return kept
 
 
 def _sections() -> set[str]:
@@ -736,6 +760,9 @@ def _schema(config: DictConfig, user_schema: type | None, needs_train: bool) -> 
     if not isinstance(train, str):
         raise ConfigError("train", train, "does not name a function.", "Write train=module:function.")
     function = load_function(train)
+    asked = config.get("failures", {}).get("function")
+    if isinstance(asked, str) and asked:
+        load_failure_function(asked)
     return user_schema or config_schema(function)
 
 

@@ -52,6 +52,31 @@ def load_function(reference: str) -> Callable[..., Any]:
     return found
 
 
+def load_failure_function(reference: str) -> Callable[..., Any]:
+    """The function that `failures.function` names, see failures/function.py. Raises ConfigError."""
+    key, called_with = "failures.function", ("failure", "decision")
+    module, _, name = reference.strip().partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ConfigError(key, reference, "does not name a function.", f"Write {key}=module:function.")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = _module(reference, module)
+    except ConfigError as error:
+        raise ConfigError(key, reference, error.why) from error
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+        inspect.signature(found).bind(*called_with)
+    except AttributeError as error:
+        raise ConfigError(key, reference, f"{module} has no function {name}.") from error
+    except (TypeError, ValueError) as error:
+        why = f"it is called as {name}({', '.join(called_with)}), which does not fit: {error}."
+        raise ConfigError(key, reference, why) from error
+    return found
+
+
 def load_class(key: str, value: str, reference: str) -> Any:
     """What `module:Class` names, where the key's value says so. Raises ConfigError."""
     module, _, name = reference.partition(":")

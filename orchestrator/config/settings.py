@@ -38,6 +38,16 @@ class Placement(StrEnum):
     """Each on a node of its own."""
 
 
+class Batch(StrEnum):
+    """What stays the same when an elastic run has fewer workers."""
+
+    worker = "worker"
+    """The batch of a worker: that of all workers together becomes smaller."""
+    whole = "global"
+    """That of all workers together, where the number of workers divides `resources.workers`: each worker takes more
+    micro-batches for a step. Only for train functions that use `run.accumulate`."""
+
+
 _BEST = re.compile(r"[^:]+(:(min|max)(:[1-9]\d*)?)?")
 
 
@@ -92,7 +102,10 @@ class Guarded(StrEnum):
     warn = "warn"
     """An event says so."""
     fail = "fail"
-    """The attempt fails, without saving what went wrong."""
+    """The attempt fails, without saving what went wrong; what it had saved since is not gone on from."""
+    rollback = "rollback"
+    """So it does, and another one goes on from the newest good checkpoint, without the batches in which it went wrong
+    or with a lower learning rate: `failures.max_rollbacks` times."""
 
 
 class Resume(StrEnum):
@@ -121,6 +134,23 @@ class RunConfig:
     seed: int = bounded(0, minimum=0, maximum=2**32 - 1)
     """Root seed; every rank's seeds are derived from it."""
     resume: Resume = Resume.new
+    keep: bool = False
+    """`orc keep` begins it again when nobody wanted it to end: its driver, its host or Ray's head was lost."""
+
+
+@dataclass(kw_only=True)
+class LimitsConfig:
+    """What one run may use. Near a limit there is one warning; at it the run saves, stops and is not restarted. 0: no
+    limit. Not for sweeps, which have `sweep.budget` and `sweep.trial_minutes`."""
+
+    hours: float = bounded(0.0, minimum=0)
+    """By the clock, all its attempts together."""
+    memory_gb: float = bounded(0.0, minimum=0)
+    """10^9 bytes of memory of one rank's process, for 30 seconds."""
+    gpu_memory_gb: float = bounded(0.0, minimum=0)
+    """10^9 bytes of memory in use on one of its GPUs, for 30 seconds."""
+    cpu_percent: float = bounded(0.0, minimum=0)
+    """Of one rank's process, for 30 seconds; 100 is one CPU."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +158,10 @@ class ResourcesConfig:
     """What one run asks of the cluster."""
 
     workers: int = bounded(2, minimum=1)
-    """Training processes, one DDP rank each."""
+    """Training processes, one DDP rank each. `{min: 1, max: 4}` is another way to write this and `min_workers`."""
+    min_workers: int = bounded(0, minimum=0)
+    """An elastic run: it begins with at least so many workers where there is no room for all, goes on with those that
+    are left when nodes are lost, and grows back, see `elastic`. 0: always with all. Not for sweeps."""
     cpus_per_worker: float = bounded(1.0, above=0)
     """Logical CPUs, as Ray counts them; may be a fraction."""
     gpus_per_worker: float = bounded(0.0, minimum=0)
@@ -136,8 +169,13 @@ class ResourcesConfig:
     memory_gb_per_worker: float = bounded(0.0, minimum=0)
     """10^9 bytes that Ray sets aside for each worker; 0: none."""
     placement: Placement = Placement.pack
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:
+        if self.min_workers > self.workers:
+            why = f"is more than resources.workers, which is {self.workers}."
+            hint = f"The nearest is resources.min_workers={self.workers}."
+            raise ConfigError("resources.min_workers", self.min_workers, why, hint)
         if self.gpus_per_worker > 1 and not float(self.gpus_per_worker).is_integer():
             near = max(1, round(self.gpus_per_worker))
             why = "must be whole when it is more than one: Ray gives no worker one and a half GPUs."
@@ -147,6 +185,17 @@ class ResourcesConfig:
                 why,
                 f"The nearest is resources.gpus_per_worker={near}.",
             )
+
+
+@dataclass(kw_only=True)
+class ElasticConfig:
+    """How a run with `resources.min_workers` grows back."""
+
+    look: float = bounded(30.0, minimum=1, maximum=3600)
+    """Seconds between two looks whether there is room for more workers. Two in a row must find it."""
+    every: float = bounded(600.0, minimum=0)
+    """Seconds that an attempt trains before it is ended for more workers. In the last tenth of its epochs it is not."""
+    batch: Batch = Batch.worker
 
 
 @dataclass(kw_only=True)
@@ -284,6 +333,8 @@ class RayConfig:
     """Port of its dashboard and job server; 0: a free one."""
     num_cpus: int = bounded(0, minimum=0)
     """Logical CPUs of the head that `orc up` starts; 0: as many as the machine has."""
+    fallback: bool = False
+    """Where the stack's Ray does not answer when a run begins, its ranks are processes of this host (`auto` only)."""
 
 
 @dataclass(kw_only=True)
@@ -293,6 +344,20 @@ class RedisConfig:
     enabled: Enabled = Enabled.auto
     url: str = field(default="", repr=False)
     """`redis://`, `rediss://` or `unix://`. Empty: the server that `orc up` starts."""
+
+
+@dataclass(kw_only=True)
+class HangConfig:
+    """When a run that stands still is ended, with the stacks of all its ranks, as a failure of the kind `hang`. Points
+    that it logs, batches of prepared loaders and `run.alive` are progress; saving and loading have limits of their
+    own."""
+
+    least: float = bounded(120.0, minimum=0)
+    """After so many seconds without progress at the earliest; 0: never."""
+    times: float = bounded(20.0, minimum=1)
+    """After so many times the longest that it stood still before."""
+    start: float = bounded(1800.0, minimum=0)
+    """Seconds in which it must begin to log; 0: for ever."""
 
 
 @dataclass(kw_only=True)
@@ -306,6 +371,13 @@ class FailuresConfig:
     max_halvings: int = bounded(5, minimum=-1)
     """Further attempts after memory ran out, each with micro-batches of half the size and the same global batch. Only
     for train functions that use `run.accumulate`; -1: down to one sample."""
+    max_rollbacks: int = bounded(3, minimum=-1)
+    """Further attempts after the training went wrong, for `nan=rollback` and `divergence=rollback`; -1: no limit."""
+    skip: bool = True
+    """Such an attempt leaves out the batches in which it went wrong. Where these are not known, or more than half a
+    pass, the learning rate is lowered at once."""
+    lr_factor: float = bounded(0.5, above=0, maximum=1)
+    """By what learning rates are multiplied from the second rollback on; 1: never. See `run.lr_factor`."""
     max_repeats: int = bounded(2, minimum=0)
     """The same failure at the same step so often ends the run, whatever is left of its restarts; 0: never."""
     max_fruitless: int = bounded(10, minimum=0)
@@ -318,6 +390,7 @@ class FailuresConfig:
     """The longest such pause."""
     collective_timeout: float = bounded(1800.0, above=0)
     """Seconds that ranks wait for each other; three times as long in the attempt after it was too short."""
+    hang: HangConfig = field(default_factory=HangConfig)
     nan: Guarded = Guarded.warn
     """When a reported loss, or the gradients, are NaN or infinite."""
     divergence: Guarded = Guarded.warn
@@ -330,7 +403,15 @@ class FailuresConfig:
     """Optimizer steps between two looks at the norm of the gradients; 0: none."""
     patterns: list[Any] = field(default_factory=list)
     """What your own messages and log lines mean, before our rules: `match` is a regular expression, `kind` what kind of
-    failure that is. Example: [{match: "filer-\\d+ is away", kind: storage, hint: "Ask the filer's owner."}]."""
+    failure that is (a name of your own, too), `action` (stop or restart) what is done whatever the kind, `avoid_node:
+    true` that no further attempt shall be on that node. Also for trials of sweeps.
+    Example: [{match: "filer-\\d+ is away", kind: storage, hint: "Ask the filer's owner."}]."""
+    function: str = ""
+    """`module:function`, called in the driver with a failed attempt and what is to follow, both as dicts; the action
+    that it returns is done instead. Not for trials of sweeps."""
+    avoid_after: int = bounded(2, minimum=0)
+    """After so many failures that are about a machine on one node, no further attempt is placed there; 0: never for
+    that."""
     grace: float = bounded(20.0, minimum=0, maximum=3600)
     """Seconds that the ranks have to reach their next `report` after a request to stop."""
 
@@ -628,6 +709,8 @@ class AlertsConfig:
     see orchestrator/alerts/README.md. Example: {high: {metric: train/loss, when: "> 5", for: 3}}."""
     notify: list[Any] = field(default_factory=lambda: ["log"])
     """Who is told of alerts whose rule does not say it: log, slack, webhook, pagerduty, email."""
+    administrators: list[Any] = field(default_factory=lambda: ["log"])
+    """Who is told that a service of the stack is away, and that it is back (the default rule `degraded`)."""
     slack: SlackConfig = field(default_factory=SlackConfig)
     webhook: WebhookConfig = field(default_factory=WebhookConfig)
     pagerduty: PagerdutyConfig = field(default_factory=PagerdutyConfig)
@@ -642,6 +725,7 @@ class Settings:
     """`module:function` of the train function."""
     run: RunConfig = field(default_factory=RunConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
@@ -672,8 +756,9 @@ RESERVED = ("experiment", "hydra", "defaults")
 """Top-level names that are no keys: they choose an experiment file or belong to Hydra."""
 
 NOT_WORK = (
-    *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume"),
+    *("run.name", "run.description", "run.tags", "run.notes", "run.user", "run.resume", "run.keep"),
     *("tracking.debug", "tracking.perf"),
+    *("resources.min_workers", "elastic.look", "elastic.every", "resources.limits", "failures.hang"),
     *("checkpoints.also_best", "checkpoints.keep_every_steps", "checkpoints.keep_hours", "checkpoints.label"),
     *("checkpoints.max_gb", "checkpoints.wait", "checkpoints.mode", "checkpoints.window_mb", "checkpoints.quota_gb"),
     *("checkpoints.on_exception", "checkpoints.full_every_epochs"),
@@ -681,23 +766,29 @@ NOT_WORK = (
     *(
         "failures.max_preemptions",
         "failures.max_halvings",
+        "failures.max_rollbacks",
         "failures.max_repeats",
         "failures.max_fruitless",
         "failures.limits",
     ),
     *("failures.backoff", "failures.backoff_max", "failures.patterns", "failures.nan", "failures.divergence"),
+    *("failures.skip", "failures.lr_factor"),
+    *("failures.function", "failures.avoid_after"),
     *("failures.memory_growth", "failures.losses", "failures.gradients_every", "failures.collective_timeout"),
     *("alerts", "notify", "preset", "environment"),
 )
 """Keys (or groups) that say how a run is called or where it is kept, not what it computes: outside the hash. A trial of
 a sweep is the same work as a run by itself."""
 
-NO_WORK_BY_DEFAULT = {f"stopping.{each.name}": each.default for each in dataclasses.fields(StopConfig)}
+NO_WORK_BY_DEFAULT = {
+    **{f"stopping.{each.name}": each.default for each in dataclasses.fields(StopConfig)},
+    "elastic.batch": Batch.worker.value,
+}
 """Keys that came later, with the value that changes nothing: with it they are outside the hash, too."""
 
 NOT_INHERITED = (
     *("run.name", "run.notes", "run.user", "run.resume"),
     *("storage", "database", "mlflow.tracking_uri", "mlflow.port", "redis", "environment", "sweep"),
-    *("ray.address", "ray.port", "ray.dashboard_port", "ray.num_cpus"),
+    *("ray.address", "ray.port", "ray.dashboard_port", "ray.num_cpus", "ray.fallback"),
 )
 """What a run based on a stored configuration takes from its own surroundings instead."""

@@ -6,8 +6,8 @@
   appear under their names when they are complete. So whatever dies anywhere, the next time writes the same again.
 * **In time.** The record within seconds of the run's end and at most once a minute before; the points at the end, and
   while a run is small every few minutes. What is committed after the end makes both be written again.
-* **Patient.** A storage that fails is left alone for growing pauses, one warning when that begins and one when it
-  ends; runs elsewhere go on.
+* **Patient.** A storage that fails is left alone for growing pauses, one warning when that begins and one line
+  when it is over; runs elsewhere go on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import Any, Protocol
 
 from orchestrator.backends.storage import Storage
 from orchestrator.clock import Clock, SystemClock
+from orchestrator.config.redaction import redact_url
 from orchestrator.directory import files
 from orchestrator.errors import ConfigError, NotFound, UserError
 from orchestrator.records import RunStatus
 from orchestrator.store.views import ChangedRuns, ChunkRow, SinkCursor
 from orchestrator.tracking.backlog import Backlog
 from orchestrator.tracking.breaker import BreakerState, CircuitBreaker
+from orchestrator.tracking.circuits import Circuits, Link
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +105,17 @@ class DirectoryService:
         open_storage: Callable[[str], Storage] = Storage,
         config: DirectoryConfig | None = None,
         clock: Clock | None = None,
+        circuits: Circuits | None = None,
     ) -> None:
         self._feed, self._open = feed, open_storage
         self._config = config or DirectoryConfig()
         self._clock = clock or SystemClock()
-        self._feed_breaker = CircuitBreaker(threshold=1)
-        self._roots: dict[str, CircuitBreaker] = {}
+        self._circuits = circuits or Circuits(clock=self._clock)
+        self._feed_breaker = self._circuits.link(
+            "postgres", lost="run directories wait for the database", back="run directories have the database back",
+            breaker=CircuitBreaker(threshold=1),
+        )  # fmt: skip
+        self._roots: dict[str, Link] = {}
         self._backlog = Backlog(feed, SINK)
         self._written: dict[str, _Written] = {}
         self._aside: dict[str, _Aside] = {}
@@ -137,17 +144,15 @@ class DirectoryService:
             more = self._step(now)
         except UserError as error:
             self._backlog.forget()
-            if self._feed_breaker.failed(now):
-                logger.warning("run directories wait for the database: %s", error)
+            self._feed_breaker.failed(error, now)
             return False
         except Exception as error:
             # A defect must not end the thread: what is not written is tried again.
             self._last_error = str(error)
-            self._feed_breaker.failed(now)
+            self._feed_breaker.breaker.failed(now)
             logger.exception("run directories cannot be written")
             return False
-        if self._feed_breaker.succeeded():
-            logger.warning("run directories have the database back")
+        self._feed_breaker.succeeded(now)
         return more
 
     def _step(self, now: float) -> bool:
@@ -199,8 +204,7 @@ class DirectoryService:
             return
         except (OSError, ConfigError) as error:
             self._put_aside(run, error, dirty)
-            if root.failed(self._clock.monotonic()):
-                logger.warning("run directories cannot be written, training goes on: %s", error, extra={"run": run})
+            root.failed(error, self._clock.monotonic())
             return
         except UserError:
             raise
@@ -208,8 +212,7 @@ class DirectoryService:
             self._put_aside(run, error, dirty)
             logger.exception("the directory of a run cannot be written", extra={"run": run})
             return
-        if root.succeeded():
-            logger.warning("run directories can be written again")
+        root.succeeded(self._clock.monotonic())
         self._aside.pop(run, None)
         dirty.pop(run, None)
         self._count += 1
@@ -241,9 +244,15 @@ class DirectoryService:
         self._written.pop(run, None)
         self._aside.pop(run, None)
 
-    def _root(self, directory: str) -> CircuitBreaker:
+    def _root(self, directory: str) -> Link:
         root = directory.rsplit("/", 2)[0]
-        return self._roots.setdefault(root, CircuitBreaker(threshold=1, first_pause=5.0, longest_pause=300.0))
+        if root not in self._roots:
+            self._roots[root] = self._circuits.link(
+                SINK, lost=f"run directories in {redact_url(root)} cannot be written, training goes on",
+                back=f"run directories in {redact_url(root)} can be written again",
+                breaker=CircuitBreaker(threshold=1, first_pause=5.0, longest_pause=300.0),
+            )  # fmt: skip
+        return self._roots[root]
 
     # -- which runs
 

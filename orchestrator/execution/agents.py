@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
+
+from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.circuits import Circuits
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +44,23 @@ class AgentWatch:
     PAUSE = 1.0
     """Seconds between looks: how long a node that joins may be without an agent."""
 
-    def __init__(self, *kinds: Agents) -> None:
+    def __init__(self, *kinds: Agents, circuits: Circuits | None = None) -> None:
         self._kinds = kinds
         self._stop = threading.Event()
-        self._is_failing = False
+        self._ray = (circuits or Circuits()).link(
+            "ray", lost="Ray does not answer, so the nodes' agents are not looked after; training goes on where it is",
+            back="Ray answers again", breaker=CircuitBreaker(threshold=1),
+        )  # fmt: skip
 
     def run(self) -> None:
         while not self._stop.wait(self.PAUSE):
             try:
                 self.step()
-                self._is_failing = False
-            except Exception:
+                self._ray.succeeded(time.monotonic())
+            except Exception as error:
                 # The head may be away, or Ray in the middle of something: the next look may find it in order.
-                if not self._is_failing:
-                    logger.warning("the nodes' agents could not be looked after; trying again", exc_info=True)
-                self._is_failing = True
+                logger.debug("the nodes' agents could not be looked after; trying again", exc_info=True)
+                self._ray.failed(error, time.monotonic())
 
     def stop(self) -> None:
         self._stop.set()

@@ -15,6 +15,10 @@ WARNING = (
     "there is no Ray in this stack, so the ranks run as processes of this host. "
     "`orc up` starts Ray; with --local or ray.enabled=false this is not mentioned."
 )
+AWAY = (
+    "Ray does not answer ({why}), so the ranks run as processes of this host, as ray.fallback says. "
+    "`orc up` starts Ray; `orc resume` asks it again."
+)
 _DATABASE_VARIABLE = "ORC_LOCAL_DATABASE_URL"
 _REDIS_VARIABLE = "ORC_LOCAL_REDIS_URL"
 
@@ -24,8 +28,9 @@ def choose_place(
 ) -> Callable[[Stack], Place] | None:
     """None: on Ray. Else the local place, with its PostgreSQL up. Raises ConfigError, ServiceUnavailable."""
     is_job = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
-    if not is_local(settings, Stack.find(home), asked=local, is_job=is_job):
-        return None
+    stack = Stack.find(home)
+    if not is_local(settings, stack, asked=local, is_job=is_job):
+        return _instead_of_ray(settings, stack, is_job, warn)
     if not local and settings.ray.enabled is Enabled.auto:
         warn(WARNING)
     from orchestrator.execution.local import Locally
@@ -34,6 +39,22 @@ def choose_place(
     words, variables = _words(settings)
     running_stack(home, words, warn, variables)
     return Locally
+
+
+def _instead_of_ray(
+    settings: Settings, stack: Stack | None, is_job: bool, warn: Callable[[str], None]
+) -> Callable[[Stack], Place] | None:
+    """None: on Ray, which answers, or of which the run is to hear that it does not."""
+    is_wanted = settings.ray.enabled is Enabled.true or bool(settings.ray.address) or is_job
+    if not settings.ray.fallback or is_wanted or stack is None:
+        return None
+    from orchestrator.execution.stand_in import StandIn, why_away
+
+    why = why_away(stack.ray_address)
+    if not why:
+        return None
+    warn(AWAY.format(why=why))
+    return lambda stack: StandIn(stack, why)
 
 
 def is_local(settings: Settings, stack: Stack | None, *, asked: bool, is_job: bool) -> bool:

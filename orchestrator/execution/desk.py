@@ -415,6 +415,7 @@ def ending_of(
         kind=str(finding.kind),
         reason=finding.reason,
         is_restart_useful=finding.is_restart_useful,
+        evidence=[asdict(each) for each in known],
     )
 
 

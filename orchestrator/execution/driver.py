@@ -9,7 +9,6 @@ lease.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -29,26 +28,48 @@ from orchestrator.config import (
     FailuresConfig,
     Job,
     Resume,
+    load_failure_function,
     redact_text,
+    redact_url,
     render,
 )
-from orchestrator.config.settings import Guarded
+from orchestrator.config.settings import Guarded, LimitsConfig, Settings
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
-from orchestrator.errors import RunIsActive, ServiceUnavailable, UserError
+from orchestrator.errors import ConfigError, RunIsActive, ServiceUnavailable, UserError
+from orchestrator.execution.lookout import Lookout
+from orchestrator.execution.moving import Move, Purpose, Surroundings
+from orchestrator.execution.network import with_network
 from orchestrator.execution.on_ray import OnRay
 from orchestrator.execution.place import Place, Tracker
 from orchestrator.execution.ray_names import job_metadata
 from orchestrator.execution.run_logs import driver_log, structured, with_log
+from orchestrator.execution.sizing import Room, batch_text, shares_of, workers_of_attempt
+from orchestrator.execution.watch import Alarm, HangRules, Limits, Watch, limit_error
 from orchestrator.execution.worker import STOPPED, Plan, Returned, copy_to_storage, local_directory, log_path
+from orchestrator.failures import rollback
 from orchestrator.failures.classify import Evidence, FailureKind, RanksFailed, first_cause
 from orchestrator.failures.explain import five_lines, headline
-from orchestrator.failures.policy import Abilities, Action, Decision, Failure, Rules, decide, draw_of
+from orchestrator.failures.function import LOG_LINES, NoAnswer, wanted
+from orchestrator.failures.policy import (
+    RESPONSES,
+    Abilities,
+    Action,
+    Course,
+    Decision,
+    Failure,
+    Rules,
+    draw_of,
+    recalled,
+)
+from orchestrator.failures.rollback import Rollback
 from orchestrator.failures.rules import patterns_of
 from orchestrator.provenance.record import record
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
 from orchestrator.store.names import run_id
+from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.circuits import Circuits, Outages, state_from
 from orchestrator.tracking.logger import Logger
 
 logger = logging.getLogger(__name__)
@@ -58,6 +79,8 @@ PATIENCE = 120.0
 """Seconds in which a restart finds the tracker again: it may have been on what the attempt before was lost with."""
 PAUSE = 1.0
 """Seconds between two tries to begin a restart."""
+COPIES = "directory"
+"""A service of which runs are not told: of a storage that is away the rank that saves to it tells."""
 HEARING = 2.0
 """Seconds between two looks, before a restart, whether somebody has called it off."""
 
@@ -162,6 +185,9 @@ def train(
     spec = replace(spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt)
     rules = Rules.of(asdict(job.settings.failures))
     patterns_of(job.settings.failures.patterns)  # a mistake in them is told before anything is started
+    if job.settings.failures.function:
+        load_failure_function(job.settings.failures.function)
+    _check_limits(job.settings.resources.limits, stack, is_sweep=around is not None)
     if around:  # what a sweep loses with its driver is for `orc sweep resume`; its trials are restarted by the sweep
         rules = replace(rules, max_preemptions=rules.max_restarts)
     progress.phase("connecting")
@@ -175,27 +201,57 @@ def train(
         place.close()
 
 
+def _check_limits(limits: LimitsConfig, stack: Stack, *, is_sweep: bool) -> None:
+    """Raises ConfigError for limits that nobody would keep to."""
+    wanted = Limits.of(asdict(limits))
+    if is_sweep and wanted != Limits():
+        hint = "Use sweep.budget and sweep.trial_minutes, or leave it to single runs."
+        raise ConfigError("resources.limits", asdict(limits), "has no meaning in a sweep.", hint)
+    if wanted.needs_samples and not stack.monitoring:
+        why = "cannot be kept to: this stack does not sample its machines."
+        raise ConfigError("resources.limits", asdict(limits), why, "Start it with `orc up monitoring.enabled=true`.")
+
+
 def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Progress, rules: Rules) -> Outcome:
     """Attempts of one run, until one ends in a way that another would not mend, or its budget is used up."""
     history: tuple[Failure, ...] = ()
     changes: Mapping[str, Any] = {}
+    is_restart = False
+    outages: Outages | None = None
     # Before a run is open: from then on its lease runs, and nobody renews it until the attempt begins.
     spools = _asked(stack, place.tracker.describe)["spool_directory"]
     while True:
-        ticket = _opened(stack, place.tracker, spec, patience=PATIENCE + spec.lease if history else 0.0)
-        draw = draw_of(ticket.run, ticket.attempt)
-        follow = functools.partial(decide, history=history, rules=rules, draw=draw)
-        attempt = _Attempt(job, stack, place, ticket, spools, progress, follow, changes)
+        room = _room(place, job.settings, changes)
+        spec = replace(spec, workers=workers_of_attempt(room, job.settings.resources))
+        ticket = _opened(stack, place.tracker, spec, patience=PATIENCE + spec.lease if is_restart else 0.0)
+        if not is_restart:
+            history, changes = recalled(ticket.earlier)
+        ticket = replace(ticket, earlier=())  # nobody below asks for it
+        course = Course(history=history, rules=rules, draw=draw_of(ticket.run, ticket.attempt))
+        attempt = _Attempt(job, stack, place, ticket, spools, progress, course, changes, room)
+        attempt.outages = outages = outages or attempt.outages
         progress.started(ticket)
         outcome = attempt.run()
-        if attempt.failure is None or not attempt.decision.is_restart or attempt.is_asked_to_stop:
+        if not attempt.decision.is_restart or attempt.is_asked_to_stop:
             return outcome
-        history = (*history, attempt.failure)
+        history = (*history, attempt.failure) if attempt.failure is not None else history
         changes = {**changes, **attempt.decision.changes}
         progress.phase(f"restarting in {attempt.decision.after:.1f} s (attempt {outcome.attempt + 1})")
         if _is_called_off(place.tracker, outcome, attempt.decision.after):
             return outcome
-        spec = replace(spec, run=outcome.run, after_attempt=outcome.attempt)
+        spec, is_restart = replace(spec, run=outcome.run, after_attempt=outcome.attempt), True
+
+
+def _room(place: Place, settings: Settings, changes: Mapping[str, Any]) -> Room:
+    """Where the next attempt may be. Asked only of runs to which it matters."""
+    wanted, avoid = settings.resources, changes.get("avoid", ())
+    if not wanted.min_workers and not avoid:
+        return Room(workers=wanted.workers)
+    try:
+        return place.room(wanted, avoid)
+    except Exception:
+        logger.warning("the cluster does not tell how many workers there is room for", exc_info=True)
+        return Room(workers=wanted.workers)
 
 
 def _is_called_off(tracker: Tracker, outcome: Outcome, pause: float) -> bool:
@@ -246,12 +302,6 @@ def _asked(stack: Stack, question: Callable[[], Any]) -> Any:
         raise ServiceUnavailable("the tracker", stack.ray_address or stack.home, f"{error}.", hint) from error
 
 
-class Follow(Protocol):
-    """What follows a failed attempt."""
-
-    def __call__(self, failure: Failure, *, can: Abilities) -> Decision: ...
-
-
 Ending = tuple[RunStatus, str, Mapping[str, Any]]
 """(status, reason, error)"""
 
@@ -260,18 +310,33 @@ class _Attempt:
     """The life of one attempt in the driver."""
 
     def __init__(
-        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, spools: str, progress: Progress, follow: Follow,
-        changes: Mapping[str, Any],
+        self, job: Job, stack: Stack, place: Place, ticket: RunTicket, spools: str, progress: Progress, course: Course,
+        changes: Mapping[str, Any], room: Room,
     ) -> None:  # fmt: skip
         self._job, self._stack, self._place, self._ticket, self._progress = job, stack, place, ticket, progress
-        self._follow = follow
+        self._course = course
+        self._changes, self._room = changes, room
+        self._workers = workers_of_attempt(room, job.settings.resources)
+        self._surroundings = Surroundings(
+            place, job.settings, workers=self._workers, avoid=changes.get("avoid", ()), params=job.params,
+            live=self._live,
+        )  # fmt: skip
+        self._move: Move | None = None
+        """Why the ranks were asked to stop, where the run is to go on."""
         self._splits = int(changes.get("splits", 1))
+        self._rollback = {name: changes[name] for name in rollback.KEYS if name in changes}
         self._collective_timeout = float(changes.get("timeout", job.settings.failures.collective_timeout))
+        self._newest: Mapping[str, Any] = {}
+        """What the tracker told of the run at the last look; {}: nothing."""
+        self._limit: Alarm | None = None
+        """The limit for which it was stopped."""
         self.failure: Failure | None = None
         """Once it has ended so."""
         self.decision = Decision()
         """What follows."""
         self._patterns = patterns_of(job.settings.failures.patterns)
+        asked = job.settings.failures.function
+        self._function = load_failure_function(asked) if asked else None
         self._tracker = place.tracker
         self._started = time.monotonic()
         self._signal = ""
@@ -282,6 +347,14 @@ class _Attempt:
         self._waited_for = ""
         self._spools = spools
         self._facts = Logger(Path(spools), run=ticket.run, attempt=ticket.attempt, rank=-1)
+        self._circuits = Circuits("driver")
+        self._answers = self._circuits.link(
+            "tracker", lost="the tracker does not answer, what is logged is sent later",
+            back="the tracker answers again",
+            breaker=CircuitBreaker(threshold=3, first_pause=0.5, longest_pause=5.0),
+        )  # fmt: skip
+        self.outages = Outages(since=time.time())
+        """What the run was told of the services it needs; taken over from the attempt before."""
 
     @property
     def is_asked_to_stop(self) -> bool:
@@ -361,25 +434,74 @@ class _Attempt:
 
     def _train(self) -> Ending:
         self._progress.phase("starting workers")
+        self._tell_workers()
+        lookout = self._lookout()
+        if self._limit is not None:  # of hours: nothing is left for this attempt
+            return self._cancelled()
         fit = _Background(self._fit)
         fit.start()
+        self._surroundings.start()
         while not fit.done.wait(0.25):
             self._show()
+            self._hear_of_moves()
             if self._must_abort(time.monotonic()):
-                return RunStatus.cancelled, self._stop_reason() + " (workers were ended after the grace time)", {}
+                return self._cancelled(" (workers were ended after the grace time)")
+            is_quiet = bool(self._waited_for) or self._move is not None or self.is_asked_to_stop
+            lookout.step(time.monotonic(), is_quiet=is_quiet)
+            if lookout.is_overdue:
+                break
         self._show()
-        if fit.error is None:
+        if fit.error is None and not lookout.is_overdue:
             returned: Returned = fit.value
+            if returned.how == STOPPED and self._move is not None and not self.is_asked_to_stop:
+                return RunStatus.crashed, f"moved: {self._move.why}", self._move.error(self._live().get("step"))
             if returned.how == STOPPED:
-                return RunStatus.cancelled, self._stop_reason(), {}
+                return self._cancelled()
             return RunStatus.finished, str(returned.tally.get("reason", "")), {}
         if self._stop_since is not None:
-            return RunStatus.cancelled, self._stop_reason(), {}
+            return self._cancelled()
+        if lookout.hang is not None:
+            return lookout.hang.status, lookout.hang.reason, {**lookout.hang.error(), "stacks": list(lookout.files)}
+        assert fit.error is not None  # it has ended, and not well
         evidence = [
             with_log(each, log_path(self._ticket, each.rank)) for each in _evidence(fit.error, self._job.secrets)
         ]
-        finding = first_cause(evidence, patterns=self._patterns, world_size=self._job.settings.resources.workers)
-        return finding.status, finding.reason, finding.error()
+        finding = first_cause(evidence, patterns=self._patterns, world_size=self._workers)
+        error = finding.error()
+        if finding.kind == FailureKind.collective_timeout:
+            self._progress.phase("looking at the network")
+            error = with_network(error, self._place.network())
+        return finding.status, finding.reason, error
+
+    def _cancelled(self, more: str = "") -> Ending:
+        error = limit_error(self._limit) if self._limit is not None else {}
+        return RunStatus.cancelled, self._stop_reason() + more, error
+
+    def _lookout(self) -> Lookout:
+        """Who looks whether the ranks get on and keep to their limits. Has looked once."""
+        settings = self._job.settings
+        hang = HangRules.of(asdict(settings.failures.hang)) if self._place.is_watched else HangRules(least=0, start=0)
+        limits, now = Limits.of(asdict(settings.resources.limits)), time.monotonic()
+        watch = Watch(hang, limits, now=now, spent=self._ticket.seconds)
+        lookout = Lookout(
+            watch, self._place, self._ticket, live=lambda: self._newest,
+            logs=log_path(self._ticket, -1).parent, saving=settings.checkpoints.wait, tell=self._tell,
+            stop=self._stop_for,
+        )  # fmt: skip
+        lookout.step(now, is_quiet=True)
+        return lookout
+
+    def _stop_for(self, limit: Alarm) -> None:
+        """The ranks save and return at their next report, as after a signal."""
+        if self.is_asked_to_stop:
+            return
+        self._limit, self._stop_since = limit, time.monotonic()
+        self._announced = f"stopping: {limit.what}"
+        threading.Thread(target=self._halt, daemon=True).start()
+
+    def _tell(self, kind: str, level: str, message: str, details: Mapping[str, Any]) -> None:
+        told = {"kind": kind, "level": level, "message": message, "details": dict(details)}
+        self._fact(FactKind.event, {**told, "step": self._newest.get("step")})
 
     def _finish(self, status: RunStatus, reason: str, error: Mapping[str, Any]) -> Outcome:
         self._progress.phase("saving the record")
@@ -418,31 +540,80 @@ class _Attempt:
         """The error with what only the driver knows: what follows, and where the log is."""
         if not error:
             return error
+        if error.get("kind") == Purpose.grow.value:
+            words = f"goes on with more workers: {error['what']}"
+            self.decision = Decision(action=Action.grow, words=words)
+            return {**error, "done": words, "decision": self.decision.to_json()}
         rank = error.get("rank", -1)
         step = error.get("step")
         live = self._live()
         if step is None and rank >= 0:
             step = live.get("step")
         self.failure = Failure.of(status, {**error, "step": step})
-        self.decision = self._follow(self.failure, can=self._abilities(live))
+        can = self._with_rollback(self._abilities(live, self.failure.kind), error)
+        self.decision = self._course.decided(self.failure, can)
+        if self.decision.words and not self.is_asked_to_stop:
+            self.decision = self._with_users_word(self.decision, self.failure, can, error)
+        if self._limit is not None:
+            self.decision = Decision(words="saved and stopped; with a higher limit `orc resume` goes on")
         if self.decision.is_restart and self.is_asked_to_stop:
             self.decision = Decision(words="not restarted: it was asked to stop")
         if self.decision.words:
             details = {"kind": self.failure.kind, **self.decision.to_json()}
             told = {"kind": "policy", "level": "warning", "message": self.decision.words, "details": details}
             self._fact(FactKind.event, {**told, "step": step})
-        explained = {**error, "step": step, "done": self.decision.words, "log": str(log_path(self._ticket, rank))}
-        if status is not RunStatus.cancelled:
+        explained = {
+            **error, "step": step, "done": self.decision.words, "decision": self.decision.to_json(),
+            "log": str(log_path(self._ticket, rank)),
+        }  # fmt: skip
+        if status is not RunStatus.cancelled and self._move is None:
             details = {"kind": str(error.get("kind") or "unknown"), **dict(five_lines(explained))}
             told = {"kind": "failure", "level": "error", "message": headline(explained), "details": details}
             self._fact(FactKind.event, {**told, "step": step})
         return explained
 
-    def _abilities(self, live: Mapping[str, Any]) -> Abilities:
+    def _with_users_word(
+        self, decision: Decision, failure: Failure, can: Abilities, error: Mapping[str, Any]
+    ) -> Decision:
+        """The decision, or what `failures.function` wants instead. What goes wrong in it is told, no more."""
+        if self._function is None:
+            return decision
+        rank = int(error.get("rank", -1))
+        log = with_log(Evidence(rank=rank, type="", message=""), log_path(self._ticket, rank)).log.splitlines()
+        about = {
+            "run": self._ticket.run, "attempt": self._ticket.attempt, "status": failure.status.value,
+            "kind": failure.kind, "type": failure.type, "what": failure.what, "message": error.get("message", ""),
+            "step": failure.step, "rank": rank, "host": failure.host, "node": failure.node, "log": log[-LOG_LINES:],
+        }  # fmt: skip
+        try:
+            action = wanted(self._function, about, {**decision.to_json(), "words": decision.words})
+            return decision if action is None else self._course.overruled(decision, action, failure, can)
+        except (NoAnswer, ValueError) as problem:
+            message = f"failures.function was not followed: {redact_text(str(problem), self._job.secrets)}"
+            logger.warning("%s", message, exc_info=problem.__cause__)
+            self._fact(FactKind.event, {"kind": "policy", "level": "warning", "message": message})
+            return decision
+
+    def _abilities(self, live: Mapping[str, Any], kind: str) -> Abilities:
         """What can be done besides trying again, by what the run has told of itself."""
         told = live.get("metrics", {}).get("perf/micro_batch", {})
         actions = {Action.longer, *([Action.halve] if float(told.get("value", 0)) >= 2 else [])}
-        return Abilities(actions=frozenset(actions), splits=self._splits, timeout=self._collective_timeout)
+        wanted, workers = self._job.settings.resources, 0
+        response = RESPONSES.get(kind)
+        if wanted.min_workers and response is not None and response.remedy is Action.shrink:
+            workers = _room(self._place, self._job.settings, self._changes).workers
+            actions |= {Action.shrink} if wanted.min_workers <= workers < self._workers else set()
+        return Abilities(
+            actions=frozenset(actions), workers=workers, splits=self._splits, timeout=self._collective_timeout
+        )
+
+    def _with_rollback(self, can: Abilities, error: Mapping[str, Any]) -> Abilities:
+        """Where a guard that is told so wants it, or the train function, which may call itself diverged."""
+        settings = self._job.settings.failures
+        found = Rollback.of(error, self._rollback, if_told=Guarded.rollback in (settings.nan, settings.divergence))
+        if found is None:
+            return can
+        return replace(can, actions=can.actions | {Action.rollback}, rollback=found)
 
     def _identify(self, status: RunStatus, reason: str = "") -> None:
         """Says in the run's directory which run this is and how it stands, for who reads it without a database."""
@@ -455,7 +626,43 @@ class _Attempt:
         copy_to_storage(self._ticket, file)
 
     def _fit(self) -> Returned:
-        return self._place.fit(self._plan(), self._job.settings)
+        settings = self._job.settings
+        resources = replace(settings.resources, workers=self._workers)
+        try:
+            return self._place.fit(self._plan(), replace(settings, resources=resources))
+        finally:
+            self._surroundings.close()
+
+    def _tell_workers(self) -> None:
+        """What is not as the settings say."""
+        wanted = self._job.settings.resources.workers
+        if self._room.note:
+            logger.warning(self._room.note)
+            self._fact(FactKind.event, {"kind": "avoidance", "level": "warning", "message": self._room.note})
+        if self._workers != wanted:
+            batch = batch_text(self._job.settings, self._workers)
+            message = f"{self._workers} of {wanted} workers in this attempt: there is no room for more; {batch}"
+            details = {"workers": self._workers, "wanted": wanted}
+            self._fact(FactKind.event, {"kind": "elastic", "level": "info", "message": message, "details": details})
+
+    def _hear_of_moves(self) -> None:
+        """Has the ranks save and return when the run is to go on elsewhere, or with more of them."""
+        move = self._surroundings.move
+        if move is None or move is self._move or self.is_asked_to_stop:
+            return
+        self._move = move
+        logger.info("the ranks are asked to save and return: %s", move.why)
+        self._announced = f"moving: {move.why}"
+        level = "warning" if move.purpose is Purpose.leave else "info"
+        told = {"kind": move.purpose.value, "level": level, "message": f"{move.why}: saving, to go on in a new attempt"}
+        self._fact(FactKind.event, told)
+        threading.Thread(target=self._halt, daemon=True).start()
+
+    def _halt(self) -> None:
+        try:
+            self._tracker.halt(self._ticket.run, self._ticket.attempt)
+        except Exception:
+            logger.debug("the ranks are asked again with the next sign of life", exc_info=True)
 
     def _plan(self) -> Plan:
         settings = self._job.settings
@@ -478,6 +685,9 @@ class _Attempt:
             judge={"stopping": asdict(settings.stopping)},
             collective_timeout=self._collective_timeout,
             splits=self._splits,
+            shares=shares_of(settings, self._workers),
+            rollback=self._rollback,
+            without=self._room.without,
             watch=_watch(settings.failures),
         )
 
@@ -489,6 +699,8 @@ class _Attempt:
             except Exception:
                 logger.debug("no heartbeat", exc_info=True)
                 continue
+            if self._move is not None or self._limit is not None:
+                self._halt()  # a tracker that was started again knows nothing of it
             if stop and self._stop_since is None:
                 self._stop_since = time.monotonic()
                 self._announced = "stopping: cancelled"
@@ -512,13 +724,18 @@ class _Attempt:
 
     def _must_abort(self, now: float) -> bool:
         grace = self._job.settings.failures.grace
+        if self._move is not None and self._stop_since is not None:  # asked to stop on nodes that are taken away
+            grace = min(grace, self._move.deadline - time.time() + now - self._stop_since)
         return self._abort or (self._stop_since is not None and now - self._stop_since > grace)
 
     def _stop_reason(self) -> str:
+        if self._limit is not None:
+            return f"limit: {self._limit.what}"
         return f"stopped by {self._signal}" if self._signal else "cancelled"
 
     def _show(self) -> None:
         """Tells the watcher what is new; who watches must not end a run."""
+        self._newest = {}
         try:
             waits_for = self._place.waits_for()
             if waits_for and waits_for != self._waited_for:
@@ -530,10 +747,20 @@ class _Attempt:
             announced, self._announced = self._announced, ""
             if announced:
                 self._progress.phase(announced)
-            if live := self._live():
+            live = self._newest = self._live()
+            self._tell_of_outages(live)
+            if live:
                 self._progress.update(self._view(live))
         except Exception:
             logger.debug("the display failed", exc_info=True)
+
+    def _tell_of_outages(self, live: Mapping[str, Any]) -> None:
+        """Which services of the stack the run has to do without, and which are back: each once per outage."""
+        told = [state_from(raw) for raw in live.get("circuits", ())]
+        for news in self.outages.news([*self._circuits.states(), *(state for state in told if state.name != COPIES)]):
+            logger.log(logging.WARNING if news.is_away else logging.INFO, "%s: %s", news.kind, news.message)
+            event = {"kind": news.kind, "level": news.level, "message": news.message, "details": news.details()}
+            self._fact(FactKind.event, event)
 
     def _view(self, live: Mapping[str, Any]) -> LiveView:
         metrics = {key: value["value"] for key, value in live["metrics"].items()}
@@ -548,17 +775,22 @@ class _Attempt:
         )
 
     def _live(self) -> dict[str, Any]:
-        try:
-            return self._tracker.live(self._ticket.run)
-        except Exception:
-            logger.debug("no live values", exc_info=True)
+        if not self._answers.allows(time.monotonic()):
             return {}
+        try:
+            live = self._tracker.live(self._ticket.run)
+        except Exception as error:
+            logger.debug("no live values", exc_info=True)
+            self._answers.failed(error, time.monotonic())
+            return {}
+        self._answers.succeeded(time.monotonic())
+        return live
 
     def _fact(self, kind: FactKind, data: Mapping[str, Any]) -> None:
         self._facts.fact(Fact(kind=kind, at=time.time(), data=data))
 
     def _links(self) -> dict[str, str]:
-        links = {"directory": self._ticket.directory}
+        links = {"directory": redact_url(self._ticket.directory)}
         if self._stack.ray_dashboard:
             links["ray"] = self._stack.ray_dashboard
         if self._stack.mlflow_uri:
@@ -612,8 +844,10 @@ def _watch(settings: FailuresConfig) -> dict[str, Any]:
     """The plan's part for the guards, see `training.watching.Watch`."""
     rules = {"finite": settings.nan, "divergence": settings.divergence, "gradients": settings.divergence}
     warns = [rule for rule, what in rules.items() if what is Guarded.warn]
-    fails = [rule for rule, what in rules.items() if what is Guarded.fail]
+    rolls = [rule for rule, what in rules.items() if what is Guarded.rollback]
+    fails = [rule for rule, what in rules.items() if what in (Guarded.fail, Guarded.rollback)]
     return {
+        "rolls": rolls,
         "warns": [*warns, "memory"] if settings.memory_growth else warns,
         "fails": fails, "losses": list(settings.losses), "every": settings.gradients_every,
     }  # fmt: skip

@@ -115,6 +115,9 @@ class RemoteTracker:
     def cancel(self, run: str, user: str = "") -> None:
         self._remote.call("cancel", run, user)
 
+    def halt(self, run: str, attempt: int) -> None:
+        self._remote.call("halt", run, attempt)
+
     def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord:
         return self._remote.call("open_sweep", spec, driver, timeout=60.0)
 
@@ -262,6 +265,13 @@ def ask_agents(node_ids: Sequence[str], method: str, *args: Any, timeout: float)
     """
     with ThreadPoolExecutor(max_workers=min(len(node_ids), 32) or 1) as pool:
         return dict(zip(node_ids, pool.map(lambda node: _answer(node, method, args, timeout), node_ids), strict=True))
+
+
+def ask_each(arguments: Mapping[str, Sequence[Any]], method: str, timeout: float) -> dict[str, Any]:
+    """As `ask_agents`, with arguments for each node."""
+    with ThreadPoolExecutor(max_workers=min(len(arguments), 32) or 1) as pool:
+        answers = pool.map(lambda node: _answer(node, method, arguments[node], timeout), arguments)
+        return dict(zip(arguments, answers, strict=True))
 
 
 def _answer(node_id: str, method: str, args: Sequence[Any], timeout: float) -> Any:

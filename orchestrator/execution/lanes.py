@@ -19,9 +19,10 @@ from orchestrator.config import Settings
 from orchestrator.config.settings import Lanes
 from orchestrator.execution.desk import LaneDesk, ending_from
 from orchestrator.execution.local import plan_to_json
-from orchestrator.execution.on_ray import evidence_of, per_worker, with_lost_nodes
+from orchestrator.execution.on_ray import evidence_of, with_lost_nodes
 from orchestrator.execution.placement import Placement
 from orchestrator.execution.ray_names import LaneIdentity, named_controller
+from orchestrator.execution.sizing import per_worker
 from orchestrator.execution.worker import Plan
 from orchestrator.failures.classify import Evidence
 from orchestrator.stack import Stack

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,15 +21,26 @@ from typing import IO, Any
 import psutil
 
 from orchestrator.checkpoints.local.places import slab_root
-from orchestrator.config import ClusterCapacity, NodeCapacity, Settings, check_resources, redact_text
+from orchestrator.config import (
+    ClusterCapacity,
+    NodeCapacity,
+    ResourcesConfig,
+    Settings,
+    check_resources,
+    redact_text,
+)
+from orchestrator.execution import network, stacks
 from orchestrator.execution.connection import check_stack
-from orchestrator.execution.place import Tracker
+from orchestrator.execution.place import Notice, Tracker
 from orchestrator.execution.run_logs import LOG_LINES
+from orchestrator.execution.sizing import Free, Room, room_for
+from orchestrator.execution.stacks import Dump
 from orchestrator.execution.worker import Plan, Returned
 from orchestrator.failures.classify import Evidence, RanksFailed
 from orchestrator.records import RunTicket
 from orchestrator.stack import Stack
 from orchestrator.tracking.local.client import LocalTracker
+from orchestrator.tracking.local.places import places
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +72,26 @@ class Locally:
     def resources(self) -> Mapping[str, Any]:
         nodes = [{"host": socket.gethostname(), **asdict(node)} for node in host_capacity().nodes]
         return {"nodes": nodes}
+
+    def room(self, wanted: ResourcesConfig, avoid: Collection[str] = ()) -> Room:
+        memory = psutil.virtual_memory().total
+        here = {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(len(visible_gpus())), "memory": float(memory)}
+        return room_for(wanted, [Free(node="", resources=here, total=here)])
+
+    def notice(self) -> Notice | None:
+        return None
+
+    is_watched = True
+
+    def stacks(self, ticket: RunTicket) -> Sequence[Dump]:
+        running = {rank.number: rank.process.pid for rank in self._ranks if rank.process.poll() is None}
+        return stacks.here(places(self._stack).spools, ticket.run, ticket.attempt, running)
+
+    def end(self, ticket: RunTicket) -> None:
+        _end(self._ranks)
+
+    def network(self) -> str:
+        return network.ONE_HOST
 
     def waits_for(self) -> str:
         return ""
@@ -242,7 +273,8 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str) -> Plan:
     raw: dict[str, Any] = json.loads(text)
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
-    return Plan(**{**values, "ticket": RunTicket(**raw["ticket"])})
+    ticket = {**raw["ticket"], "earlier": tuple(raw["ticket"]["earlier"])}
+    return Plan(**{**values, "ticket": RunTicket(**ticket)})
 
 
 def _loopback() -> dict[str, str]:

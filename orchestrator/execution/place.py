@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator.config import Settings
+from orchestrator.config import ResourcesConfig, Settings
+from orchestrator.execution.sizing import Room
+from orchestrator.execution.stacks import Dump
 from orchestrator.execution.worker import Plan, Returned
 from orchestrator.records import RunSpec, RunTicket
 from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
@@ -21,6 +25,10 @@ class Tracker(Protocol):
         ...
 
     def cancel(self, run: str, user: str = "") -> None: ...
+    def halt(self, run: str, attempt: int) -> None:
+        """Asks the ranks of this attempt, and nobody else, to save and return; asked again until they have."""
+        ...
+
     def live(self, run: str) -> dict[str, Any]: ...
     def describe(self) -> dict[str, Any]: ...
 
@@ -31,6 +39,17 @@ class Tracker(Protocol):
     def ask_sweep(self, sweep: str, kind: str, details: Mapping[str, Any], user: str = "") -> int:
         """The request's id."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Nodes on which ranks are will be gone soon."""
+
+    why: str
+    nodes: tuple[str, ...] = ()
+    """Ray's ids."""
+    deadline: float = math.inf
+    """When, in seconds since 1970."""
 
 
 class Place(Protocol):
@@ -59,6 +78,34 @@ class Place(Protocol):
 
     def fit(self, plan: Plan, settings: Settings) -> Returned:
         """Trains on all ranks. Blocks; returns what rank 0 did. Raises RanksFailed."""
+        ...
+
+    def room(self, wanted: ResourcesConfig, avoid: Collection[str] = ()) -> Room:
+        """Where the workers of a run fit now, counting what its own attempt holds as free. `avoid`: ids, names or
+        addresses of nodes. After an attempt it waits some seconds until what that had is free. May raise what the
+        cluster's client raises when the cluster does not answer."""
+        ...
+
+    def notice(self) -> Notice | None:
+        """During `fit`: whether nodes of the ranks are taken away. May wait for the cluster, and raise as `room`."""
+        ...
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the driver shall look whether the ranks of `fit` get on; else the place does it, or nobody."""
+        ...
+
+    def stacks(self, ticket: RunTicket) -> Sequence[Dump]:
+        """During `fit`: where the ranks of an attempt are in their code, those that do not answer included. Takes
+        seconds; may raise as `room`."""
+        ...
+
+    def end(self, ticket: RunTicket) -> None:
+        """During `fit`: kills its ranks, so that it raises."""
+        ...
+
+    def network(self) -> str:
+        """After `fit`: which of its nodes reach which, in words. Takes ten seconds at most, never raises."""
         ...
 
     def waits_for(self) -> str:

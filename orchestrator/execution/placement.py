@@ -47,6 +47,13 @@ def nodes() -> list[Node]:
     ]
 
 
+def available() -> dict[str, dict[str, float]]:
+    """What is free on each node, by Ray's id; a moment old."""
+    from ray._private.state import available_resources_per_node
+
+    return available_resources_per_node()
+
+
 def can_take(node: Node, wanted: Mapping[str, float]) -> bool:
     """Whether one worker fits on the node when it is empty."""
     return node.is_alive and all(node.resources.get(name, 0) + 1e-6 >= amount for name, amount in wanted.items())
@@ -82,6 +89,7 @@ def lost_ranks(nodes_of_ranks: Sequence[str], nodes: Sequence[Node]) -> list[Evi
             type="NodeDiedError",
             message=f"the node {labels.get(node, node)} died (Ray's id {node})",
             host=labels.get(node, node),
+            node=node,
         )
         for rank, node in enumerate(nodes_of_ranks)
         if node not in living
@@ -112,6 +120,13 @@ class Placement:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join(timeout=5)
+
+    def is_released(self) -> bool:
+        """After the attempt: Ray has given back what the ranks held."""
+        from ray.util import placement_group_table
+
+        groups = [group for group in placement_group_table().values() if group["name"] == self._title]
+        return all(group["state"] == "REMOVED" for group in groups)
 
     def lost(self, patience: float) -> list[Evidence]:
         """Ranks whose node is dead; waits up to `patience` seconds for Ray to notice that one is."""

@@ -1,7 +1,7 @@
 """`start_run`: a run in a plain script, under torchrun or in a notebook, without a Ray cluster.
 
-No thread and no signal handler here: the local tracker sees that this process lives by the lock on its spool, and
-calls the attempt CRASHED when it does not.
+No thread here: the local tracker sees that this process lives by the lock on its spool, and calls the attempt CRASHED
+when it does not. SIGTERM and SIGUSR1 are heard where the script does not hear them itself, see farewell.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from orchestrator.config import ProvenanceConfig, Settings, config_hash, flatten
 from orchestrator.config.settings import StopConfig
 from orchestrator.config.typed import build, dump
 from orchestrator.errors import OrchestratorError, RunIsActive, ServiceUnavailable, UserError
+from orchestrator.execution.farewell import Farewell
 from orchestrator.execution.local import slab_directory
 from orchestrator.execution.worker import copy_to_storage, local_directory, stager_of_rank
 from orchestrator.failures.classify import Evidence, first_cause
@@ -165,6 +166,7 @@ class _Recording:
         self._logger = Logger(Path(opened.spools), run=ticket.run, attempt=ticket.attempt, rank=where.rank)
         self._run: Run | None = None
         self._is_over = False
+        self._farewell = Farewell(self._ask_to_stop)
 
     def begin(
         self, spec: RunSpec, seed: int | None, checkpoints: CheckpointPolicy, stopping: StopConfig | None = None
@@ -196,7 +198,13 @@ class _Recording:
         )
         if where.rank == 0:
             self._describe(spec, seed or 0)
+        self._farewell.listen()
         return self._run
+
+    def _ask_to_stop(self) -> bool:
+        """False: the run has no state, so that nothing would be saved."""
+        self._logger.request_stop()
+        return self._run is not None and self._run.has_state
 
     def _describe(self, spec: RunSpec, seed: int) -> None:
         ticket, stack = self._opened.ticket, self._opened.stack
@@ -236,6 +244,8 @@ class _Recording:
             return
         try:
             ending = _ending(error, self._where.rank, self._run.step if self._run is not None else 0)
+            if isinstance(error, RunStopped) and self._farewell.heard:
+                ending = RunStatus.cancelled, f"stopped by {self._farewell.heard}", None
             if self._run is not None:
                 if isinstance(error, Exception):
                     self._run.rescue(error)
@@ -247,6 +257,7 @@ class _Recording:
     def _end(self, status: RunStatus, reason: str, error: Evidence | None) -> None:
         """Says how it ended and waits until that is stored. Any rank may tell of a failure, rank 0 of the rest."""
         self._is_over = True
+        self._farewell.close()
         try:
             if error is not None:
                 data = {"kind": "exception", "level": "error", "message": reason, "details": asdict(error)}

@@ -10,19 +10,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoints.service import WriterService
 from orchestrator.config.redaction import url_passwords
 from orchestrator.directory.service import DirectoryService
+from orchestrator.execution import network, stacks
 from orchestrator.execution.agents import AgentWatch
 from orchestrator.execution.handles import NODE_AGENTS, RemoteAgents, RemoteTracker, checkpoint_writers
 from orchestrator.execution.shared_storage import read_marker
 from orchestrator.json_logs import keep_service_log
 from orchestrator.monitoring.sampler import SystemSampler
 from orchestrator.store import open_store
+from orchestrator.tracking.circuits import Circuits, directory_of
 from orchestrator.tracking.merging import MergeService
 from orchestrator.tracking.mirrors import Mirrors, Sinks
 from orchestrator.tracking.service import TrackerService
@@ -40,6 +42,11 @@ def _node_logs(spool_directory: str) -> list[Path]:
     """Where the own log of what every node has goes: beside the spools in a data directory, else among them."""
     spools = Path(spool_directory)
     return [*([spools.parent / "logs"] if spools.name == "spools" else []), spools / ".logs"]
+
+
+def _health(logs: Path) -> Path:
+    """Where a service says which others are away: beside the logs of its data directory."""
+    return directory_of(logs.parent)
 
 
 class TrackerProcess(TrackerService):
@@ -70,12 +77,13 @@ class TrackerProcess(TrackerService):
         # The one before it may still be dying: Ray gives its name away earlier.
         super().__init__(
             log_directory, database_url, spool_directory=spool_directory, lease=lease, log_wait=20.0,
-            redis_url=redis_url,
+            redis_url=redis_url, circuits=Circuits("tracker", _health(Path(logs))),
         )  # fmt: skip
         self.start()
         watch = AgentWatch(
             RemoteAgents(NodeProcess, agent_options, NODE_AGENTS, (spool_directory, debug, monitoring)),
             *remote_writers(writers, writer_options, writer_settings),
+            circuits=self.circuits,
         )
         threading.Thread(target=watch.run, name="agents", daemon=True).start()
 
@@ -95,19 +103,23 @@ class MirrorProcess:
         secrets = [password for url in (database_url, *told) for password in url_passwords(url)]
         keep_service_log("mirror", [Path(logs)], secrets=secrets, components=debug.split(","))
         self._settings = settings
-        self._directory = DirectoryService(open_store(database_url))
+        self._circuits = Circuits("mirror", _health(Path(logs)))
+        self._directory = DirectoryService(open_store(database_url), circuits=self._circuits)
         threading.Thread(target=self._directory.run, name="directory", daemon=True).start()
-        self._mirrors = Mirrors(lambda: open_store(database_url), sinks)
+        self._mirrors = Mirrors(lambda: open_store(database_url), sinks, circuits=self._circuits)
         self._mirrors.start()
-        self._merging = MergeService(open_store(database_url))
+        self._merging = MergeService(open_store(database_url), circuits=self._circuits)
         threading.Thread(target=self._merging.run, name="merging", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "settings": self._settings}
 
     def health(self) -> dict[str, Any]:
-        """By sink, the runs' directories among them; and of the merging."""
-        return {**self._mirrors.health(), "directory": self._directory.health(), "merging": self._merging.health()}
+        """By sink, the runs' directories among them; of the merging; and of the services they need."""
+        return {
+            **self._mirrors.health(), "directory": self._directory.health(), "merging": self._merging.health(),
+            "circuits": self._circuits.describe(),
+        }  # fmt: skip
 
 
 class NodeProcess:
@@ -119,7 +131,10 @@ class NodeProcess:
         name = f"node-{socket.gethostname()}"
         keep_service_log(name, _node_logs(spool_directory), components=debug.split(","))
         self._settings = {"debug": debug, "spool_directory": spool_directory, "monitoring": monitoring}
-        self._shipper = Shipper(Path(spool_directory), RemoteTracker())
+        self._spools = Path(spool_directory)
+        logs = _node_logs(spool_directory)[0]
+        self._circuits = Circuits(name, _health(logs) if logs.name == "logs" else None)
+        self._shipper = Shipper(Path(spool_directory), RemoteTracker(), circuits=self._circuits)
         threading.Thread(target=self._shipper.run, name="shipper", daemon=True).start()
         if monitoring:
             # Of several agents on one machine the one that ships samples.
@@ -130,7 +145,23 @@ class NodeProcess:
 
     def describe(self) -> dict[str, Any]:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "is_shipping": self._shipper.is_shipping}
-        return {**about, **self._settings, **self._shipper.backlog()}
+        return {**about, **self._settings, **self._shipper.backlog(), "circuits": self._circuits.describe()}
+
+    def stacks(self, run: str, attempt: int) -> list[dict[str, Any]]:
+        """Where the ranks of an attempt are that are on this node, see stacks.py."""
+        return stacks.to_json(stacks.here(self._spools, run, attempt))
+
+    def end_ranks(self, run: str, attempt: int) -> list[int]:
+        """Kills the ranks of an attempt that are on this node."""
+        return stacks.end_here(self._spools, run, attempt)
+
+    def listen(self, address: str) -> int:
+        """For what other nodes' `reach` sends, see network.py."""
+        return network.listen(address)
+
+    def reach(self, targets: Sequence[tuple[str, str, int]]) -> dict[str, float | str]:
+        """Whether this node reaches others."""
+        return network.reach(targets)
 
     def read_marker(self, path: str, token: str) -> str:
         """Whether this node sees the file; see shared_storage.py."""

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,16 +27,20 @@ from orchestrator.backends.storage import Storage
 from orchestrator.catalog import open_store
 from orchestrator.checkpoints.catalog import Hold, release
 from orchestrator.checkpoints.clone import keep
-from orchestrator.config import ClusterCapacity, Job, Settings, redact_text
+from orchestrator.config import ClusterCapacity, Job, ResourcesConfig, Settings, redact_text
 from orchestrator.config.capacity import gangs
 from orchestrator.config.settings import SweepConfig
 from orchestrator.config.typed import dump
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
 from orchestrator.errors import OrchestratorError, ServiceUnavailable, SweepTaken, UserError
+from orchestrator.execution import stacks
 from orchestrator.execution.driver import write_config
 from orchestrator.execution.local import Locally
-from orchestrator.execution.place import Place, Tracker
+from orchestrator.execution.place import Notice, Place, Tracker
+from orchestrator.execution.run_logs import with_log
+from orchestrator.execution.sizing import Room
+from orchestrator.execution.stacks import Dump
 from orchestrator.execution.sweep_energy import Meter
 from orchestrator.execution.sweep_plan import (
     Outlook,
@@ -61,6 +65,8 @@ from orchestrator.execution.worker import (
     log_path,
 )
 from orchestrator.failures.classify import Evidence, RanksFailed, first_cause
+from orchestrator.failures.policy import Rules
+from orchestrator.failures.rules import patterns_of
 from orchestrator.records import Fact, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
 from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
@@ -181,6 +187,7 @@ class SweepPlace:
         self._inner, self._stack, self._parent = inner, stack, parent
         self._template, self._space = template, space
         self._warm, self._announce, self._watch = warm, announce, watch
+        self._patterns = patterns_of(template.base.settings.failures.patterns)
         self._closed = threading.Event()
         self._sweep = ""
         self._running: dict[int, _Running] = {}
@@ -206,6 +213,23 @@ class SweepPlace:
 
     def resources(self) -> Mapping[str, Any]:
         return self._inner.resources()
+
+    def room(self, wanted: ResourcesConfig, avoid: Collection[str] = ()) -> Room:
+        return Room(workers=wanted.workers)  # of its trials, which find it themselves
+
+    def notice(self) -> Notice | None:
+        return None
+
+    is_watched = False  # its trials are, one by one
+
+    def stacks(self, ticket: RunTicket) -> Sequence[Dump]:
+        return self._inner.stacks(ticket)
+
+    def end(self, ticket: RunTicket) -> None:
+        self.close()
+
+    def network(self) -> str:
+        return self._inner.network()
 
     def waits_for(self) -> str:
         return self._inner.waits_for()
@@ -334,6 +358,7 @@ class SweepPlace:
             unmeasured=unmeasured,
             stopping=asdict(settings.stopping),
             hold=lambda *, run, checkpoint, token, is_held: _hold(ticket, run, checkpoint, token, is_held=is_held),
+            failures=Rules.of(asdict(settings.failures)),
         )
         if core.settings.budget.kwh and unmeasured:
             core.poll()  # it may have been asked for another budget
@@ -387,30 +412,38 @@ class SweepPlace:
         """The ending, with what is known here: how long it took, and whether we ended it."""
         with self._lock:
             running = self._running.pop(assigned.job, None)
+        if ending.evidence:
+            evidence = [Evidence(**each) for each in ending.evidence]
+            judged = self._failed("", evidence, assigned.ticket)
+            ending = replace(judged, lane=ending.lane, lane_seconds=ending.lane_seconds, started_at=ending.started_at)
         _describe(assigned.ticket, None, _STATUS[ending.how], ending.reason)
         if ending.how is Ended.failed and not ending.tally:
             # A crash leaves no words; whether it had got further than the one before decides if it is tried again.
-            ending = replace(ending, tally={"progress": self._reached(assigned.ticket)})
+            ending = replace(ending, tally=self._left_by(assigned.ticket))
         if running is None:
             return ending
         took = time.monotonic() - running.began
         return replace(ending, lane_seconds=ending.lane_seconds or took, started_at=ending.started_at or running.at)
 
-    def _reached(self, ticket: RunTicket) -> float:
-        """The newest step that anybody knows of: the last points of ranks that died may still be on their way, and what
-        a checkpoint has another attempt need not do again."""
+    def _left_by(self, ticket: RunTicket) -> dict[str, float]:
+        """What is known of an attempt that crashed: `progress` is the newest step that anybody knows of, for the last
+        points of ranks that died may still be on their way, and what a checkpoint has another attempt need not do
+        again."""
         from orchestrator.training.judging import tally_left
 
         found = [0.0]
+        micro_batch = 0.0
         try:
-            found.append(float(self.tracker.live(ticket.run).get("step") or 0))
+            live = self.tracker.live(ticket.run)
+            found.append(float(live.get("step") or 0))
+            micro_batch = float(live.get("metrics", {}).get("perf/micro_batch", {}).get("value", 0))
         except Exception:
             logger.debug("no live values", exc_info=True)
         try:
             found.append(float(tally_left(ticket.directory).get("checkpoint", {}).get("step") or 0))
         except (OSError, OrchestratorError):
             logger.debug("no checkpoint tells how far it got", exc_info=True)
-        return max(found)
+        return {"progress": max(found), "micro_batch": micro_batch}
 
     def defect(self, assigned: Assigned, error: Exception) -> Ending:
         """The ending of a job that could not be begun, or whose end nobody here understands."""
@@ -452,7 +485,8 @@ class SweepPlace:
             return Ending(how=Ended.failed, error=said, kind=kind, reason=killed)
         if self._closed.is_set():
             return Ending(how=Ended.lost, reason="the sweep was ended")
-        finding = first_cause(evidence)
+        told = [with_log(each, log_path(ticket, each.rank)) for each in evidence]
+        finding = first_cause(told, patterns=self._patterns)
         error = {**finding.error(), "log": str(log_path(ticket, finding.evidence.rank))}
         return Ending(
             how=Ended.failed,
@@ -514,6 +548,12 @@ class SweepPlace:
         if running.killed:
             return
         running.killed = f"{kind}: {why}"
+        # To ask where its ranks are takes seconds, in which the signs of life must go on.
+        threading.Thread(target=self._end_job, args=(running, kind), name="sweep kill", daemon=True).start()
+
+    def _end_job(self, running: _Running, kind: str) -> None:
+        if kind == "hang" and (where := self._where(running)):
+            running.killed += f". {where}"
         logger.warning("trial %d is ended: %s", running.assigned.trial, running.killed)
         try:
             if self._pool is not None:
@@ -522,6 +562,18 @@ class SweepPlace:
                 running.place.close()
         except Exception:
             logger.warning("trial %d could not be ended", running.assigned.trial, exc_info=True)
+
+    def _where(self, running: _Running) -> str:
+        """Where the ranks of a job are, in words, and all their stacks beside its logs; "" where nobody tells."""
+        ticket = running.assigned.ticket
+        try:
+            dumps = (running.place or self._inner).stacks(ticket)
+            logs = log_path(ticket, -1).parent
+            files = stacks.write(logs, dumps, time.time())
+        except Exception:
+            logger.warning("the ranks of trial %d could not be looked into", running.assigned.trial, exc_info=True)
+            return ""
+        return f"{stacks.words(dumps)} All stacks: {logs}/rank-*.stack." if files else ""
 
     def _ask_to_stop(self, runs: Sequence[str]) -> None:
         """The ranks of these runs learn of it with their next report. In a thread: the core does not wait for it."""

@@ -85,6 +85,7 @@ def outlook(
     """What the base job and the space come to on such a cluster (None: unknown). Raises ConfigError for what cannot
     be, such as rungs without an end."""
     settings, sweep = job.settings, job.settings.sweep
+    refuse_elastic(settings)
     rules = rules_for(sweep, samples=trials, seed=settings.run.seed, params=job.params)
     rungs = rules.asha.milestones if rules.asha else ()
     size, why = at_once(settings, capacity, trials)
@@ -112,6 +113,13 @@ def outlook(
         warm=warm or Warm(),
         survives=survives or {},
     )
+
+
+def refuse_elastic(settings: Settings) -> None:
+    """Raises ConfigError: a trial is compared with others, and its lane has a size of its own."""
+    if least := settings.resources.min_workers:
+        why = "is for single runs: the trials of a sweep are compared, so that all have the same number of workers."
+        raise ConfigError("resources.min_workers", least, why, "Leave it out: resources.min_workers=0.")
 
 
 def at_once(settings: Settings, capacity: ClusterCapacity | None, trials: int) -> tuple[int, str]:
@@ -191,6 +199,8 @@ def trial_plan(base: Plan, job: Job, assigned: Assigned, *, sweep: str) -> Plan:
         secrets=job.secrets,
         threads=max(int(settings.resources.cpus_per_worker), 1),
         judge=assigned.judge,
+        splits=int(assigned.changes.get("splits", 1)),
+        pause=assigned.after,
         clone=_found(assigned),
         sweep=sweep,
     )

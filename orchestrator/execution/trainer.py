@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,18 +21,20 @@ def torch_trainer(
     resources_per_worker: dict[str, float],
     placement: str,
     storage: str,
+    without: Sequence[str] = (),
     callbacks: list[Any] | None = None,
     timeout: float = 1800.0,
 ) -> Any:
     """A TorchTrainer (Train V2) of which every rank runs `loop` once; `name` is that of its directory in `storage`.
-    `timeout`: seconds that ranks wait for each other.
+    `without`: ids of nodes where no rank may be. `timeout`: seconds that ranks wait for each other.
 
     Ray Train neither retries nor resumes here: restarts are attempts, which are ours to number, and resuming needs no
     snapshot of Ray's. Metrics never go through `train.report`, only pointers to checkpoints do; see ray_pointer.py.
     """
-    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig  # ray.train has an older engine's
+
+    # Those of ray.train are an older engine's for who reads its types.
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
     uses_gpu = resources_per_worker.get("GPU", 0) > 0
     scaling = ScalingConfig(
@@ -40,6 +42,7 @@ def torch_trainer(
         use_gpu=uses_gpu,
         resources_per_worker=resources_per_worker,
         placement_strategy=placement,
+        label_selector={"ray.io/node-id": f"!in({','.join(without)})"} if without else None,
     )
     run_config = RunConfig(
         name=name,

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.config import redact_text
+from orchestrator.config import redact_text, redact_url
 from orchestrator.execution.run_logs import rank_log, structured
+from orchestrator.execution.stacks import answers_with_stacks
 from orchestrator.failures.classify import Evidence, RankFailed
 from orchestrator.records import Fact, FactKind, RunTicket, WhenFull
 
@@ -82,8 +83,16 @@ class Plan:
     """Seconds that ranks wait for each other. A lane's ranks have Ray Train's own 30 minutes."""
     splits: int = 1
     """Into how many micro-batches a batch is divided, see `training.run.Run`."""
+    shares: int = 1
+    """Of how many workers each one has the share of a global batch, see there."""
+    without: tuple[str, ...] = ()
+    """Ids of the cluster's nodes on which no rank may be."""
     watch: Mapping[str, Any] = field(default_factory=dict)
     """What its guards watch for, see `training.watching.Watch`; empty: nothing."""
+    rollback: Mapping[str, Any] = field(default_factory=dict)
+    """What is done otherwise since the training went wrong, see `training.run.Run`."""
+    pause: float = 0.0
+    """Seconds that the ranks wait before they begin."""
     clone: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint of another run that this attempt starts from: {"directory" of that run, "name", "sha256", "trial",
     "job", "since": the job's first attempt, "instead_of": which one could not be had, in words}; a later attempt of the
@@ -111,6 +120,8 @@ def train_rank(
 
     from orchestrator.tracking.logger import Logger
 
+    answers_with_stacks()
+    time.sleep(plan.pause)
     torch.set_num_threads(plan.threads)
     _enter(plan.code_paths)
     ticket = plan.ticket
@@ -182,7 +193,10 @@ def _run_user_function(
             pointers=pointers,
             judge=judge or judging.judge(plan.judge, best_metric=(policy.best_metric, str(policy.best_direction))),
             splits=plan.splits,
+            shares=plan.shares,
             watch=Watch.of(plan.watch),
+            rollback=plan.rollback,
+            is_new=plan.ticket.attempt == 1 and not plan.clone,
         )
         where = of_rank(rank, device=str(run.device), node=node)
         logger.fact(Fact(kind=FactKind.provenance, at=time.time(), data=where))
@@ -203,6 +217,8 @@ def _run_user_function(
             at=time.time(),
             step=run.step if run is not None else None,
             kind=str(getattr(error, "failure_kind", "")),
+            details=getattr(error, "failure_details", {}),
+            node=node,
         )
         data = {
             "kind": "exception",
@@ -318,6 +334,9 @@ def copy_to_storage(ticket: RunTicket, *paths: Path) -> None:
         for path in paths:
             with path.open("rb") as source, storage.open_output(str(path.relative_to(local))) as output:
                 shutil.copyfileobj(source, output)
-    except Exception:
+    except Exception as error:
         # The run's own work must not fail for a copy of its log.
-        logging.getLogger(__name__).exception("%s could not be copied to %s", local, ticket.directory)
+        names, where = ", ".join(path.name for path in paths), redact_url(ticket.directory)
+        log = logging.getLogger(__name__)
+        log.warning("%s of %s could not be copied to %s: %s", names, local, where, redact_url(str(error)))
+        log.debug("where it failed", exc_info=True)

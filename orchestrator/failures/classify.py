@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, RunFailed
@@ -61,7 +61,11 @@ class Evidence:
     log: str = ""
     """Its last lines."""
     kind: str = ""
-    """Of FailureKind, where who raised it knew; "" otherwise."""
+    """Of FailureKind or a name of the user's, where who raised it knew; "" otherwise."""
+    node: str = ""
+    """The cluster's id of the rank's node; "" where nobody knows, or where there is no cluster."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What who raised it knew besides, as JSON; part of the stored error."""
 
 
 class RankFailed(OrchestratorError):
@@ -101,6 +105,10 @@ class Finding:
     is_restart_useful: bool
     rank: int
     """The one that failed first, as far as anybody can tell; -1: the driver."""
+    wish: str = ""
+    """What a pattern of the user's wants done, see `rules.Pattern`."""
+    avoids_node: bool = False
+    """Whether such a pattern blames the node."""
 
     @property
     def reason(self) -> str:
@@ -113,10 +121,16 @@ class Finding:
     def host(self) -> str:
         return self.evidence.host if self.rank == self.evidence.rank else ""
 
+    @property
+    def node(self) -> str:
+        return self.evidence.node if self.rank == self.evidence.rank else ""
+
     def error(self) -> dict[str, Any]:
         """The form in which it is stored."""
         evidence = self.evidence
+        more = {"node": self.node, "wish": self.wish, "avoids_node": self.avoids_node}
         return {
+            **evidence.details,
             "kind": str(self.kind),
             "type": evidence.type,
             "message": evidence.message,
@@ -127,6 +141,7 @@ class Finding:
             "traceback": evidence.traceback,
             "hint": self.hint,
             "is_restart_useful": self.is_restart_useful,
+            **{name: value for name, value in more.items() if value},
         }
 
 
@@ -146,7 +161,7 @@ def first_cause(evidence: Sequence[Evidence], *, patterns: Sequence[Pattern] = (
         what = f"rank {cause.rank} waited for it in vain; {what}"
     return Finding(
         kind=verdict.kind, status=_status(verdict.kind), what=what, evidence=cause, hint=verdict.hint,
-        is_restart_useful=verdict.is_restart_useful, rank=rank,
+        is_restart_useful=verdict.is_restart_useful, rank=rank, wish=verdict.wish, avoids_node=verdict.avoids_node,
     )  # fmt: skip
 
 
@@ -165,6 +180,8 @@ class _Verdict:
     is_restart_useful: bool = False
     rank: int | None = None
     """The rank that the words accuse, if any."""
+    wish: str = ""
+    avoids_node: bool = False
 
 
 _HERE = re.compile(
@@ -210,17 +227,37 @@ def _with_own_words(evidence: Evidence) -> Evidence:
 
 
 def _verdict(evidence: Evidence, patterns: Sequence[Pattern]) -> _Verdict:
-    """In this order: what who raised it knew; the users' patterns; the rules, on what was said, on what caused it, on
-    the last log lines of the dead; the exit code, or what others say of the dead; whose code raised it.
-    """
+    """In this order: what who raised it knew; the users' patterns; the rules. Whatever the kind, a pattern may say what
+    is to be done."""
+    said = _bounded(f"{evidence.type}: {evidence.message}")
+    pattern = _matching(patterns, said, evidence.log)
     if evidence.kind:
         mends = evidence.kind in MENDED_BY_RESTART
-        return _Verdict(kind=evidence.kind, hint=_last_user_line(evidence.traceback), is_restart_useful=mends)
-    said = _bounded(f"{evidence.type}: {evidence.message}")
+        verdict = _Verdict(kind=evidence.kind, hint=_last_user_line(evidence.traceback), is_restart_useful=mends)
+    elif pattern and pattern.kind:
+        mends = pattern.kind in MENDED_BY_RESTART
+        verdict = _Verdict(kind=pattern.kind, hint=pattern.hint, is_restart_useful=mends)
+    else:
+        verdict = _by_rules(evidence, said)
+    if pattern is None:
+        return verdict
+    # What the user knows of beforehand is the cause, not what others saw of it.
+    hint = pattern.hint or verdict.hint
+    return replace(verdict, blame=Blame.cause, hint=hint, wish=pattern.action, avoids_node=pattern.avoid_node)
+
+
+def _matching(patterns: Sequence[Pattern], said: str, log: str) -> Pattern | None:
+    """The first that knows the message or one of the last log lines."""
+    lines = log.splitlines() if patterns else []
     for pattern in patterns:
-        if pattern.match.search(said) or any(pattern.match.search(line) for line in evidence.log.splitlines()):
-            mends = pattern.kind in MENDED_BY_RESTART
-            return _Verdict(kind=pattern.kind, hint=pattern.hint, is_restart_useful=mends)
+        if pattern.match.search(said) or any(pattern.match.search(line) for line in lines):
+            return pattern
+    return None
+
+
+def _by_rules(evidence: Evidence, said: str) -> _Verdict:
+    """In this order: what was said; what caused it; the last log lines of the dead; the exit code, or what others say
+    of the dead; whose code raised it."""
     told = [rule for rule in RULES if not rule.of_dead]
     for text in (said, *_causes(evidence.traceback)):
         if found := _first(told, _bounded(text), evidence):

@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.config.names import did_you_mean
 from orchestrator.errors import ConfigError
+from orchestrator.failures.rollback import Rollback
 from orchestrator.seeding import derive
 from orchestrator.status import RunStatus
 
@@ -37,6 +38,8 @@ class Action(StrEnum):
     """Another attempt, as the one before."""
     shrink = "shrink"
     """With the workers that there is room for."""
+    grow = "grow"
+    """With more workers, for which there is room again; nothing had failed."""
     longer = "longer"
     """With more time for collectives."""
     halve = "halve"
@@ -85,12 +88,17 @@ RESPONSES: Mapping[str, Response] = {
     "diverged": Response(budget=Budget.rollbacks, remedy=Action.rollback, needs_remedy=True, is_about_the_job=False),
     "data_error": _STOP,
     "time_limit": _STOP,
+    "limit": _STOP,
     "user_bug": _STOP,
     "our_bug": _STOP,
     "cancelled": _STOP,
     "unknown": _STOP,
 }
 """By kind of failure, as `classify.FailureKind` names them."""
+
+
+OF_A_MACHINE = frozenset({"worker_killed", "device_fault", "host_out_of_memory", "node_lost", "hang"})
+"""Kinds for which the node may be the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +115,14 @@ class Failure:
     """How far it had come; None when nobody knows."""
     is_restart_useful: bool | None = None
     """What the wording of the failure says of it, whatever its kind; None: nothing."""
+    node: str = ""
+    """On which node of the cluster, by its id; "" where nobody knows, or where there is only this host."""
+    host: str = ""
+    """What people call it."""
+    wish: str = ""
+    """What a pattern of the user's wants done: `stop`, `restart` or ""."""
+    avoids_node: bool = False
+    """Whether such a pattern blames the node."""
 
     @classmethod
     def of(cls, status: RunStatus, error: Mapping[str, Any]) -> Failure:
@@ -119,7 +135,16 @@ class Failure:
             what=str(error.get("what") or error.get("message") or ""),
             step=int(step) if step is not None else None,
             is_restart_useful=useful if isinstance(useful, bool) else None,
+            node=str(error.get("node") or ""),
+            host=str(error.get("host") or ""),
+            wish=str(error.get("wish") or ""),
+            avoids_node=bool(error.get("avoids_node")),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `of` makes it of again, with its status."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value not in (None, "")}
 
     @property
     def signature(self) -> tuple[str, str, str]:
@@ -147,6 +172,17 @@ class Rules:
     backoff: float = 1.0
     """Seconds before the first restart; each further one without progress takes twice as long."""
     backoff_max: float = 60.0
+    skip: bool = True
+    """After a rollback the batches are left out in which the training went wrong, where these are known."""
+    lr_factor: float = 0.5
+    """By which learning rates are multiplied from the second rollback on, and where nothing can be left out."""
+    avoid_after: int = 2
+    """So many failures that are about a machine happen on a node, and the run is no longer placed there; 0: never for
+    that."""
+    restarts_key: str = "failures.max_restarts"
+    """The key that `max_restarts` is of, for words."""
+    by_hand: str = "`orc resume` goes on from the newest checkpoint"
+    """How to go on where there is no budget, for words."""
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Rules:
@@ -169,6 +205,8 @@ class Abilities:
     """For `halve`: the micro-batches into which a batch was divided so far."""
     timeout: float = 0.0
     """For `longer`: seconds that a collective had."""
+    rollback: Rollback | None = None
+    """For `rollback`: what is known of it."""
 
 
 NOTHING_BESIDES = Abilities()
@@ -211,36 +249,87 @@ def decide(
     part of the pause; see `draw_of`."""
     if failure.status not in (RunStatus.failed, RunStatus.crashed):
         return Decision()
+    if failure.wish == Action.stop:
+        return _stop("failures.patterns says so")
     response = _response(failure, rules)
     if response.budget is Budget.none:
-        return _stop("the same would only happen again")
+        return _stop(SAME_AGAIN)
     if response.needs_remedy and response.remedy not in can.actions and failure.kind not in rules.limits:
-        return _stop("the same would only happen again")
+        return _stop(SAME_AGAIN)
     if why := _is_hopeless(failure, history, response, rules):
         return _stop(why)
     key, most = _limit(failure.kind, response, rules)
     used = _used(failure, history, rules)
     if most == 0:
-        return _stop(f"{key} is 0; `orc resume` goes on from the newest checkpoint", budget=key)
+        return _stop(f"{key} is 0; {rules.by_hand}", budget=key)
     if 0 <= most <= used:
         return _stop(f"all {most} restarts for that ({key}) are used up", budget=key)
     if 0 <= response.most <= sum(earlier.kind == failure.kind for earlier in history):
         return _stop(f"{failure.kind.replace('_', ' ')} again, after it was answered {_times(response.most)}")
     action = _action(response, can)
-    pause = pause_before(fruitless(history, failure), len(history), rules, draw)
     count = f"restart {used + 1} of {most}" if most > 0 else f"restart {used + 1}, no limit"
-    return Decision(
-        action=action,
-        after=pause,
-        words=f"{_DONE[action].format(workers=can.workers)} after {pause:.1f} s ({count}: {key})",
-        budget=key,
-        changes=_changes(action, can),
-    )
+    return _restart(action, failure, history, rules, draw=draw, can=can, why=f"{count}: {key}", budget=key)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What is known when an attempt begins of what will follow its failure."""
+
+    rules: Rules
+    history: Sequence[Failure] = ()
+    draw: float = 0.0
+
+    def decided(self, failure: Failure, can: Abilities = NOTHING_BESIDES) -> Decision:
+        return decide(failure, self.history, self.rules, draw=self.draw, can=can)
+
+    def overruled(
+        self, decision: Decision, action: Action, failure: Failure, can: Abilities = NOTHING_BESIDES
+    ) -> Decision:
+        """The decision with the action that `failures.function` wants instead, whatever the budgets. Raises ValueError
+        for one that cannot be carried out; stop and restart always can."""
+        if action is decision.action:
+            return decision
+        if action is Action.stop:
+            return _stop("failures.function says so", budget=decision.budget)
+        if action is not Action.restart and action not in can.actions:
+            able = ", ".join(sorted({Action.stop, Action.restart, *can.actions}))
+            raise ValueError(f"{action} cannot be carried out here; what can: {able}")
+        why, budget = "failures.function says so", decision.budget
+        return _restart(action, failure, self.history, self.rules, draw=self.draw, can=can, why=why, budget=budget)
+
+
+def recalled(earlier: Iterable[Mapping[str, Any]]) -> tuple[tuple[Failure, ...], dict[str, Any]]:
+    """What an earlier driver of the run leaves to the next: the failures that count, and what they have changed.
+
+    `earlier` are the attempts that failed or finished, oldest first: {"status", "error" with its "decision"}. After a
+    decision to stop only a person goes on, as after the end of the work: from there on failures count anew. What made
+    a further attempt possible stays: smaller micro-batches, longer timeouts. What was about the cluster of that time
+    does not.
+    """
+    failures: list[Failure] = []
+    changes: dict[str, Any] = {}
+    for each in earlier:
+        status, error = RunStatus(each["status"]), each["error"]
+        decision = error.get("decision") or {}
+        if decision.get("action") == Action.grow:
+            continue  # nothing had failed
+        failures.append(Failure.of(status, error))
+        changes |= decision.get("changes") or {}
+        if status is RunStatus.finished or decision.get("action", Action.stop) == Action.stop:
+            failures = []
+            changes = {name: value for name, value in changes.items() if name not in _OF_THE_CLUSTER}
+    return tuple(failures), changes
+
+
+_OF_THE_CLUSTER = ("workers", "avoid")
+
+
+SAME_AGAIN = "the same would only happen again"
 
 _DONE = {
     Action.restart: "restarted from the newest checkpoint",
-    Action.shrink: "restarted from the newest checkpoint with the {workers} workers that are left",
+    Action.shrink: "restarted from the newest checkpoint with the workers that there is room for: {workers}",
+    Action.grow: "restarted from the newest checkpoint with more workers",
     Action.longer: "restarted from the newest checkpoint with more time for collectives",
     Action.halve: "restarted from the newest checkpoint with half the micro-batch",
     Action.rollback: "rolled back to the newest good checkpoint",
@@ -277,6 +366,8 @@ def _response(failure: Failure, rules: Rules) -> Response:
     response = RESPONSES.get(failure.kind, _STOP)
     if failure.kind in rules.limits:
         return response if response.budget else _RESTART
+    if failure.wish == Action.restart:
+        return response if response.budget in (Budget.restarts, Budget.preemptions) else _RESTART
     if failure.is_restart_useful and not response.budget:
         return _RESTART
     if failure.is_restart_useful is False and response.budget is Budget.restarts:
@@ -301,6 +392,8 @@ def _limit(kind: str, response: Response, rules: Rules) -> tuple[str, int]:
     """The budget's key and size."""
     if kind in rules.limits:
         return f"failures.limits.{kind}", rules.limits[kind]
+    if response.budget is Budget.restarts:
+        return rules.restarts_key, rules.max_restarts
     return f"failures.{response.budget.value}", int(getattr(rules, response.budget.value))
 
 
@@ -316,6 +409,45 @@ def _action(response: Response, can: Abilities) -> Action:
     if response.remedy not in can.actions or (response.remedy is Action.shrink and can.workers <= 0):
         return Action.restart
     return response.remedy
+
+
+def _restart(
+    action: Action,
+    failure: Failure,
+    history: Sequence[Failure],
+    rules: Rules,
+    *,
+    draw: float,
+    can: Abilities,
+    why: str,
+    budget: str,
+) -> Decision:
+    pause = pause_before(fruitless(history, failure), len(history), rules, draw)
+    changes = _changes(action, can)
+    done, without = _DONE[action].format(workers=can.workers), ""
+    if action is Action.rollback and can.rollback is not None:
+        is_first = all(each.kind != failure.kind for each in history)
+        changes = can.rollback.changes(is_first=is_first, may_skip=rules.skip, lr_factor=rules.lr_factor)
+        done = can.rollback.words(changes)
+    if avoided := avoided_nodes(failure, history, rules):
+        changes["avoid"] = sorted(avoided)
+        without = f", not on {', '.join(sorted(avoided.values()))}"
+    words = f"{done}{without} after {pause:.1f} s ({why})"
+    return Decision(action=action, after=pause, words=words, budget=budget, changes=changes)
+
+
+def avoided_nodes(failure: Failure, history: Iterable[Failure], rules: Rules) -> dict[str, str]:
+    """The nodes on which the next attempt shall not be, with what people call them: where failures that are about a
+    machine came again, or one that a pattern of the user's blames on its node."""
+    found: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for each in (*history, failure):
+        if not each.node or not (each.avoids_node or each.kind in OF_A_MACHINE):
+            continue
+        counts[each.node] = counts.get(each.node, 0) + 1
+        if each.avoids_node or 0 < rules.avoid_after <= counts[each.node]:
+            found[each.node] = each.host or each.node[:12]
+    return found
 
 
 def _changes(action: Action, can: Abilities) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
+from orchestrator.config.names import did_you_mean
 from orchestrator.errors import ConfigError
 
 
@@ -38,6 +39,8 @@ class FailureKind(StrEnum):
     hang = "hang"
     collective_timeout = "collective_timeout"
     time_limit = "time_limit"
+    limit = "limit"
+    """Of memory or CPU, the user's own."""
     storage = "storage"
     data_error = "data_error"
     user_bug = "user_bug"
@@ -473,8 +476,33 @@ class Pattern:
     """A user's rule: looked for before ours, in the message and in every last log line."""
 
     match: re.Pattern[str]
-    kind: str
+    kind: str = ""
+    """Of FailureKind, or a name of the user's; "": as our rules say."""
     hint: str = ""
+    action: str = ""
+    """What is done: `stop`, whatever the kind; `restart`, as far as there is a budget; "": as the kind says."""
+    avoid_node: bool = False
+    """Another attempt shall not be on the node where that happened."""
+
+
+ACTIONS = ("stop", "restart")
+"""Those that a pattern may want."""
+_PATTERN_KEYS = ("match", "kind", "hint", "action", "avoid_node")
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+def kind_named(key: str, kind: str) -> str:
+    """The kind, of ours or of the user's. Raises ConfigError, with `key`, for what is no name and for what looks like a
+    mistyped kind of ours."""
+    if kind in KINDS:
+        return kind
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        why = "a kind of failure is a name: small letters, digits, underscores, at most 64."
+        raise ConfigError(key, kind, why, f"Known: {', '.join(KINDS)}.")
+    hint = did_you_mean(kind, KINDS, cutoff=0.75)
+    if hint or kind in (FailureKind.unknown, FailureKind.out_of_memory):
+        raise ConfigError(key, kind, "there is no such kind of failure.", hint)
+    return kind
 
 
 def patterns_of(listed: Sequence[Any]) -> tuple[Pattern, ...]:
@@ -482,21 +510,25 @@ def patterns_of(listed: Sequence[Any]) -> tuple[Pattern, ...]:
     found = []
     for number, entry in enumerate(listed):
         key = f"failures.patterns.{number}"
-        if not isinstance(entry, Mapping) or not entry.get("match") or not entry.get("kind"):
-            raise ConfigError(
-                key, entry, "an entry needs `match` and `kind`.", 'Example: {match: "EIO", kind: storage}.'
-            )
-        if unknown := entry.keys() - {"match", "kind", "hint"}:
-            raise ConfigError(key, sorted(unknown)[0], "there is no such key.", "Known: match, kind, hint.")
-        if entry["kind"] not in KINDS:
-            raise ConfigError(
-                f"{key}.kind", entry["kind"], "there is no such kind of failure.", f"Known: {', '.join(KINDS)}."
-            )
+        said = entry if isinstance(entry, Mapping) else {}
+        if not said.get("match") or not (said.get("kind") or said.get("action") or said.get("avoid_node")):
+            why = "an entry needs `match`, and `kind`, `action` or `avoid_node`."
+            raise ConfigError(key, entry, why, 'Example: {match: "EIO", kind: storage}.')
+        if unknown := entry.keys() - set(_PATTERN_KEYS):
+            known = f"Known: {', '.join(_PATTERN_KEYS)}."
+            raise ConfigError(key, sorted(unknown)[0], "there is no such key.", known)
+        kind = kind_named(f"{key}.kind", entry["kind"]) if entry.get("kind") else ""
+        action, avoids = entry.get("action") or "", entry.get("avoid_node") or False
+        if action not in ("", *ACTIONS):
+            raise ConfigError(f"{key}.action", action, "there is no such action.", f"Known: {', '.join(ACTIONS)}.")
+        if not isinstance(avoids, bool):
+            raise ConfigError(f"{key}.avoid_node", avoids, "is neither true nor false.")
         try:
             match = re.compile(str(entry["match"]))
         except re.error as error:
             raise ConfigError(f"{key}.match", entry["match"], f"it is no regular expression: {error}.") from error
-        found.append(Pattern(match=match, kind=FailureKind(entry["kind"]), hint=str(entry.get("hint", ""))))
+        hint = str(entry.get("hint", ""))
+        found.append(Pattern(match=match, kind=kind, hint=hint, action=action, avoid_node=avoids))
     return tuple(found)
 
 

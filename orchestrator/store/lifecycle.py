@@ -19,6 +19,9 @@ from orchestrator.store.names import is_run_id, run_directory, run_id, run_name
 
 Cursor = psycopg.Cursor[Any]
 
+MOST_EARLIER = 50
+"""Failed attempts of which the next one hears."""
+
 
 class Move(Enum):
     done = "done"
@@ -93,7 +96,36 @@ def open_attempt(cursor: Cursor, spec: RunSpec, now: float, lease_seconds: float
         message=f"attempt {attempt}: {status} -> {RunStatus.running}",
         details={"old": status, "new": RunStatus.running},
     )  # fmt: skip
-    return RunTicket(run=run, name=name, experiment=experiment, attempt=attempt, directory=directory)
+    seconds = _seconds_before(cursor, run, attempt) if attempt > 1 else 0.0
+    return RunTicket(run=run, name=name, experiment=experiment, attempt=attempt, directory=directory, seconds=seconds)
+
+
+def _seconds_before(cursor: Cursor, run: str, attempt: int) -> float:
+    found = cursor.execute(
+        "SELECT coalesce(sum(extract(epoch FROM ended_at - started_at)), 0) FROM attempts"
+        " WHERE run_id = %s AND attempt < %s",
+        (run, attempt),
+    )
+    return float(_one(found))
+
+
+def failed_before(cursor: Cursor, ticket: RunTicket) -> tuple[Mapping[str, Any], ...]:
+    """See RunTicket.earlier. Without what only people read: tracebacks, hints, logs."""
+    rows = cursor.execute(
+        "SELECT attempt, status, coalesce(error, '{}') - %s::text[] FROM attempts WHERE run_id = %s AND attempt < %s"
+        " AND (status = %s OR status = ANY(%s) AND jsonb_typeof(error) = 'object') ORDER BY attempt DESC LIMIT %s",
+        (
+            ["traceback", "hint", "log", "done"], ticket.run, ticket.attempt, RunStatus.finished.value,
+            [RunStatus.failed.value, RunStatus.crashed.value], MOST_EARLIER,
+        ),
+    ).fetchall()  # fmt: skip
+    return tuple(
+        {"attempt": attempt, "status": status, "error": _shortened(error)} for attempt, status, error in reversed(rows)
+    )
+
+
+def _shortened(error: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value[:1000] if isinstance(value, str) else value for name, value in error.items()}
 
 
 def _interrupted(cursor: Cursor, spec: RunSpec) -> str:

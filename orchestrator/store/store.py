@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from orchestrator.store import (
     alerts,
     checkpoints,
     integrity,
+    interruptions,
     lags,
     levels,
     lifecycle,
@@ -48,6 +50,7 @@ from orchestrator.store.views import (
     ExperimentRow,
     FactChanges,
     FeedPosition,
+    Interrupted,
     NoteRow,
     ParamRow,
     Points,
@@ -126,7 +129,8 @@ class Store:
     def open_attempt(self, spec: RunSpec, *, now: float, lease_seconds: float) -> RunTicket:
         """A new run, or the next attempt of `spec.run`, as RUNNING. An attempt that had not ended becomes CRASHED."""
         with self._writing() as connection, connection.cursor() as cursor:
-            return lifecycle.open_attempt(cursor, spec, now, lease_seconds)
+            ticket = lifecycle.open_attempt(cursor, spec, now, lease_seconds)
+            return replace(ticket, earlier=lifecycle.failed_before(cursor, ticket)) if ticket.attempt > 1 else ticket
 
     def transition(
         self, run: str, attempt: int, new: RunStatus, *, reason: str = "", error: Mapping[str, Any] | None = None,
@@ -569,6 +573,18 @@ class Store:
 
     def unlock(self, sink: str) -> None:
         self._locks.give_back(f"orc.sink.{sink}")
+
+    # -- keeping runs --------------------------------------------------------------------------------------------------
+
+    def interrupted(self, since: float) -> list[Interrupted]:
+        """Runs and sweeps that ended CRASHED or FAILED since then (seconds since 1970), oldest first."""
+        with self._writing() as connection:
+            return interruptions.interrupted(connection, since)
+
+    def try_keep(self) -> bool:
+        """True while this store's owner is the only one that brings runs of this database back. Ask each time."""
+        with told(self._url):
+            return self._locks.take("orc.keep")
 
     # -- alerts and the outbox -----------------------------------------------------------------------------------------
 

@@ -134,6 +134,36 @@ class AttemptRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupted:
+    """A run, or a sweep, that ended CRASHED or FAILED, with what tells whether anybody wanted it to end."""
+
+    run: str
+    name: str
+    attempt: int
+    status: RunStatus
+    job: str
+    """At Ray; empty for a run without Ray."""
+    is_sweep: bool
+    is_asked_to_stop: bool
+    has_error: bool
+    """Somebody said how the attempt ended; False: it ended in silence."""
+    action: str
+    """What its driver decided when it ended, see `failures.policy.Action`; empty: nothing."""
+    after: float
+    """Seconds that a restart was to wait."""
+    started: float
+    """Of the attempt."""
+    ended: float
+    is_kept: bool
+    """Its configuration has `run.keep`."""
+    directory: str
+    """Where its driver ran; empty if that is not known."""
+    host: str
+    pid: int
+    """Of its driver there; 0 if that is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParamRow:
     name: str
     type: str

@@ -16,6 +16,9 @@ from typing import Any, Protocol
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.settings import SweepConfig
 from orchestrator.errors import ConfigError
+from orchestrator.failures.policy import SAME_AGAIN, Abilities, Action, Failure, decide, draw_of
+from orchestrator.failures.policy import Decision as FailureDecision
+from orchestrator.failures.policy import Rules as FailureRules
 from orchestrator.records import RunSpec, RunTicket
 from orchestrator.status import RunStatus
 from orchestrator.sweep_records import (
@@ -80,10 +83,16 @@ class _Open:
     """A job that has not ended."""
 
     row: JobRow
-    restarts: int = 0
-    """In a row without progress."""
+    history: tuple[Failure, ...] = ()
+    """Failures after which it was tried again, in a row without progress."""
     reached: float = -1.0
     """How far it was at a crash, see `_progress`."""
+    after: float = 0.0
+    """Seconds that its next attempt waits before it begins."""
+
+    @property
+    def restarts(self) -> int:
+        return len(self.history)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,6 +146,9 @@ class _Verdict:
     """Why it is tried again: crash, lost, stopped."""
     kind: str = ""
     """Of the failure."""
+    failure: Failure | None = None
+    decision: FailureDecision | None = None
+    """What follows it, where policy was asked."""
 
 
 class Core:
@@ -149,7 +161,8 @@ class Core:
     `spec_of` makes the RunSpec of a trial's run from (trial, repeat, values), with `new_run`. `renewed` makes the
     searcher anew when samples or space are changed. `params` are those of the base configuration. `gang` is what a job
     holds, `at_once` how many there is room for, `unmeasured` why nobody measures their energy. `stopping` is the spec
-    of early stoppers for jobs' judges. `hold` keeps donors' checkpoints.
+    of early stoppers for jobs' judges. `hold` keeps donors' checkpoints. `failures` says what follows a failed job;
+    where it has no `max_restarts`, `sweep.restarts` is that.
     """
 
     def __init__(
@@ -171,8 +184,10 @@ class Core:
         renewed: Callable[[SweepConfig, Space], Searcher] | None = None,
         stopping: Mapping[str, Any] | None = None,
         hold: Hold | None = None,
+        failures: FailureRules | None = None,
     ) -> None:
         self.sweep, self._seed = record.spec.sweep, record.spec.seed
+        self._failure_rules = failures or FailureRules()
         self.settings, self._space = settings, space
         self._ledger, self._driver, self._spec_of, self._clock = ledger, driver, spec_of, clock or SystemClock()
         self._searcher, self._scheduler, self._renewed = searcher, scheduler, renewed
@@ -194,6 +209,8 @@ class Core:
         """Of jobs that were given out: when, by the monotonic clock."""
         self._ready: deque[Assigned] = deque()
         self._attempts: Counter[tuple[int, int]] = Counter()
+        self._changes: dict[tuple[int, int], dict[str, Any]] = {}
+        """(trial, repeat) -> what its attempts do otherwise since one failed, `failures.policy.Decision.changes`."""
         self._next_job = 0
         self._failures: dict[int, str] = {}
         """Failed trials, with the kind of their failure."""
@@ -499,7 +516,8 @@ class Core:
             Assigned(
                 job=row.number, trial=row.trial, repeat=row.repeat, rung=row.rung, until=row.until, seed=spec.seed,
                 ticket=RunTicket(run=row.run, name="", experiment="", attempt=0, directory=""), values=values,
-                judge=row.judge, clone=row.clone, restarts=row.restarts,
+                judge=row.judge, clone=row.clone, restarts=row.restarts, after=self._open[row.number].after,
+                changes=dict(self._changes.get((row.trial, row.repeat), {})),
             )
         )  # fmt: skip
 
@@ -600,7 +618,7 @@ class Core:
     # -- how a job ended ----------------------------------------------------------------------------------
 
     def _after(self, assigned: Assigned, ending: Ending) -> _Verdict:
-        """What becomes of it. All policy about failures is here."""
+        """What becomes of it."""
         trial, how = self.state.trials[assigned.trial], ending.how
         if how in (Ended.paused, Ended.complete, Ended.ended):
             return self._reached(assigned, ending)
@@ -617,16 +635,39 @@ class Core:
             reason = ending.reason or "whoever ran it went away"
             return _Verdict(end=None, status=RunStatus.crashed, reason=reason, what="lost")
         words = ending.reason or _first_line(ending.error)
-        open_ = self._open[assigned.job]
-        if ending.is_restart_useful:
-            tried = 0 if _progress(ending.tally) > open_.reached else open_.restarts
-            if tried < self.settings.restarts:
-                return _Verdict(end=None, status=RunStatus.crashed, reason=words, what="crash", kind=ending.kind)
-            words = f"{words} (for the {tried + 1}. time without getting further: sweep.restarts)"
+        failure = _failure(ending)
+        decision = self._decided(assigned, ending, failure)
+        if decision.is_restart:
+            return _Verdict(
+                end=None, status=RunStatus.crashed, reason=words, what="crash", kind=ending.kind, failure=failure,
+                decision=decision,
+            )  # fmt: skip
+        if not decision.words.endswith(SAME_AGAIN):
+            words = f"{words} ({decision.words})"
         if assigned.clone and ending.error.get("type") == "CheckpointMismatch":
             keys = ", ".join(each.key for each in self._space.dimensions)
             words = f"{words} Of {keys}, name those that leave the model as it is in sweep.pbt.mutate."
-        return _Verdict(end=End.failed, status=RunStatus.failed, reason=words, kind=ending.kind or "error")
+        return _Verdict(
+            end=End.failed, status=RunStatus.failed, reason=words, kind=ending.kind or "error", failure=failure,
+            decision=decision,
+        )  # fmt: skip
+
+    def _decided(self, assigned: Assigned, ending: Ending, failure: Failure) -> FailureDecision:
+        """What follows a failed job, by the policy of runs. Failures count since the job last got further."""
+        open_, rules = self._open[assigned.job], self._failure_rules
+        if not rules.max_restarts:
+            rules = replace(rules, max_restarts=self.settings.restarts, restarts_key="sweep.restarts")
+        rules = replace(rules, by_hand="`orc sweep retry` begins its rung again")
+        is_further = _progress(ending.tally) > open_.reached
+        actions = frozenset([Action.halve] if float(ending.tally.get("micro_batch") or 0) >= 2 else [])
+        changes = self._changes.get((assigned.trial, assigned.repeat), {})
+        return decide(
+            failure,
+            () if is_further else open_.history,
+            rules,
+            draw=draw_of(assigned.ticket.run, assigned.ticket.attempt),
+            can=Abilities(actions=actions, splits=int(changes.get("splits", 1))),
+        )
 
     def _reached(self, assigned: Assigned, ending: Ending) -> _Verdict:
         """It ended as it should, if it has said what it is compared by."""
@@ -666,14 +707,18 @@ class Core:
         """The decisions and rows of an ending."""
         job, trial, tally = assigned.job, assigned.trial, ending.tally
         resource = _resource(tally)
+        decided = {**verdict.decision.to_json(), "words": verdict.decision.words} if verdict.decision else {}
+        error = dict(ending.error)
+        if error and decided:
+            error |= {"done": decided["words"], "decision": decided}
         row = replace(
-            self._open[job].row, resource=resource, lane=ending.lane, reason=verdict.reason, error=dict(ending.error),
+            self._open[job].row, resource=resource, lane=ending.lane, reason=verdict.reason, error=error,
             lane_seconds=self._open[job].row.lane_seconds + ending.lane_seconds, started_at=ending.started_at,
         )  # fmt: skip
         draft.closes.append(
             RunEnd(
                 run=assigned.ticket.run, attempt=assigned.ticket.attempt, status=verdict.status, reason=verdict.reason,
-                error=dict(ending.error),
+                error=error,
             )
         )  # fmt: skip
         draft.ends.append(job)
@@ -684,6 +729,8 @@ class Core:
         if verdict.end is None:
             reached = _progress(tally)
             outcome = {"what": verdict.what, "reached": reached, "reason": verdict.reason, "kind": verdict.kind}
+            if verdict.failure and decided:
+                outcome |= {"failure": verdict.failure.to_json(), "decision": decided}
             self._decide(draft, Kind.retry, trial=trial, job=job, outcome=outcome)
             row = replace(row, status="assigned", restarts=self._open[job].restarts)
             self._open[job].row = row
@@ -705,6 +752,8 @@ class Core:
         }
         if verdict.end == End.failed:
             outcome["kind"] = verdict.kind
+            if decided:
+                outcome["decision"] = decided
         if self._scheduler.name == "median" and assigned.repeat == 0 and verdict.end != End.failed:
             outcome["reports"] = [[at, stored(value)] for at, value in thinned(reports, MOST_ROWS)]
         if self.state.settings.tune and verdict.end != End.failed:
@@ -926,10 +975,7 @@ class Core:
             each = self._open[row.job].row
             self._attempts[each.trial, each.repeat] += 1
         elif kind == Kind.retry and row.job is not None:
-            open_ = self._open[row.job]
-            if outcome["what"] == "crash":
-                open_.restarts = 1 if outcome["reached"] > open_.reached else open_.restarts + 1
-                open_.reached = max(open_.reached, outcome["reached"])
+            self._fold_retry(self._open[row.job], outcome)
         elif kind in (Kind.result, Kind.fail) and row.job is not None:
             self._fold_end(row, self._open.pop(row.job).row)
         elif kind == Kind.request:
@@ -962,6 +1008,21 @@ class Core:
                 attempt=self._attempts[trial, repeat],
             )
         )  # fmt: skip
+
+    def _fold_retry(self, open_: _Open, outcome: Mapping[str, Any]) -> None:
+        open_.after = 0.0
+        if outcome["what"] != "crash":
+            return
+        # Before policy was asked here, a decision told no more of the failure than this.
+        told = {"kind": outcome["kind"], "what": outcome["reason"], "is_restart_useful": True}
+        failure = Failure.of(RunStatus.failed, outcome.get("failure", told))
+        is_further = outcome["reached"] > open_.reached
+        open_.history = (failure,) if is_further else (*open_.history, failure)
+        open_.reached = max(open_.reached, outcome["reached"])
+        decision = outcome.get("decision", {})
+        open_.after = float(decision.get("after", 0.0))
+        if changes := decision.get("changes"):
+            self._changes.setdefault((open_.row.trial, open_.row.repeat), {}).update(changes)
 
     def _fold_end(self, row: DecisionRow, job: JobRow) -> None:
         trial, outcome = self.state.trials[job.trial], row.outcome
@@ -1048,6 +1109,14 @@ def _progress(tally: Mapping[str, Any]) -> float:
     """How far a job was when it died. A crash leaves no tally; who ran it may say as {"progress": …} how far it got, in
     any measure that grows, such as its newest step."""
     return float(tally.get("progress") or _resource(tally))
+
+
+def _failure(ending: Ending) -> Failure:
+    """As policy sees it. A trial's processes are where the lane is: it avoids no node."""
+    useful = ending.error.get("is_restart_useful", ending.is_restart_useful or None)
+    step = _progress(ending.tally) or None  # nothing is known of it, or it came to no step
+    told = {**ending.error, "is_restart_useful": useful, "step": step, "node": ""}
+    return Failure.of(RunStatus.failed, told if told.get("kind") else {**told, "kind": ending.kind})
 
 
 def _first_line(error: Mapping[str, Any]) -> str:

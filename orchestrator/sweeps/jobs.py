@@ -31,6 +31,11 @@ class Assigned:
     """Of the checkpoint of another run that it starts from, see `execution.worker.Plan.clone`; empty: its own newest
     one."""
     restarts: int = 0
+    after: float = 0.0
+    """Seconds that its ranks wait before they begin, after a failure. The lane is taken meanwhile: what comes next does
+    not depend on the pause."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What it does otherwise since an attempt failed: {"splits"}, see `failures.policy.Decision`."""
 
 
 class Ended(StrEnum):
@@ -59,14 +64,18 @@ class Ending:
     """What rank 0 counted, see `training.judging.Tally.to_json`: {"objectives": [[metric, direction], …], "unit",
     "resource", "last": {metric: value}, "best": {metric: value}, "reports": [[resource, value], …], "n_reports",
     "has_state", "verdict", "reason", "compared": {…}, "checkpoint": {"name", "sha256", "step"}}. Empty where nothing
-    was reported, or where a crash left nothing."""
+    was reported, or where a crash left nothing. Of a crash, who ran it may say {"progress": how far it got,
+    "micro_batch": its size}."""
     error: Mapping[str, Any] = field(default_factory=dict)
     """{"type", "message", "rank", "traceback", "kind"} as in `failures.classify.Finding.error()`."""
     kind: str = ""
     """Of the failure, see `failures.classify`."""
     reason: str = ""
     is_restart_useful: bool = False
-    """Whether a failure of this kind may be mended by another attempt."""
+    """Whether it may be mended by another attempt, where `error` says nothing of that."""
+    evidence: Sequence[Mapping[str, Any]] = ()
+    """What its ranks left behind, `failures.classify.Evidence` as plain values, where another process than the driver's
+    has judged it: it knows neither the users' patterns nor the logs."""
     lane: str = ""
     lane_seconds: float = 0.0
     started_at: float | None = None

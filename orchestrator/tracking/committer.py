@@ -101,9 +101,9 @@ class Committer:
         try:
             watermarks = self._commit_or_part(batches) if batches else {}
         except UserError as error:
-            self._note_failure(str(error))
+            self.failure = str(error)
             return False
-        self._note_success()
+        self.failure = ""
         self._on_commit(watermarks)
         self._position = position
         # In this order: on a full disk the cursor cannot be written before a segment is gone.
@@ -175,18 +175,6 @@ class Committer:
         if end.segment == position.segment:
             return end.offset - position.offset
         return self._log.size_bytes() - position.offset
-
-    def _note_failure(self, why: str) -> None:
-        if not self.failure:
-            logger.warning(
-                "PostgreSQL does not take commits; the tracker's log keeps everything until it does: %s", why
-            )
-        self.failure = why
-
-    def _note_success(self) -> None:
-        if self.failure:
-            logger.info("PostgreSQL takes commits again")
-        self.failure = ""
 
 
 def _may_be_the_data(error: Exception) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from orchestrator.live_records import LiveCheckpoint, LiveState
 from orchestrator.records import LOST, Batch, FactKind, RunSpec, RunStatus, RunTicket, Stream
 from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.circuits import Circuits
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ CHECKPOINTS = 5
 """The newest ones that are kept of a run."""
 RATE_OVER = 5.0
 """Seconds; a rate is taken over one to two of them."""
+SAMPLED = "system/"
+"""What the sampler of a machine records."""
+PER_RANK = ("perf/step_time", "perf/data_wait", "system/process/", "system/gpu_")
+"""Beginnings of the keys that are told rank by rank."""
 FEW = 64
 """Points that are quicker looked at one by one than as an array."""
 
@@ -276,8 +281,9 @@ class LiveValues:
             self._changed = dict.fromkeys(reversed(self._runs))  # what is alive first
 
     def of(self, run: str) -> dict[str, Any]:
-        """{"points", "step", "rate" (points per second), "metrics": {key: {"step", "value", "rank"}}}; {} for an
-        unknown run. Of each key the lowest rank's.
+        """{"points", "step", "rate" (points per second), "metrics": {key: {"step", "value", "rank"}}, "ranks"}; {} for
+        an unknown run. Of each key the lowest rank's. "ranks": [{"rank", "step", "time": of its newest own point, 0.0
+        for none, "values": {key: (time, value)}, only of PER_RANK}].
         """
         with self._lock:
             known = self._runs.get(run)
@@ -288,7 +294,22 @@ class LiveValues:
             key: {"rank": rank, "step": values[rank, key][0], "value": values[rank, key][2]}
             for rank, key in sorted(values, reverse=True)
         }
-        return {"points": state.points, "step": state.step, "rate": state.points_per_second, "metrics": metrics}
+        return {
+            "points": state.points, "step": state.step, "rate": state.points_per_second, "metrics": metrics,
+            "ranks": _ranks(values),
+        }  # fmt: skip
+
+
+def _ranks(values: Mapping[Series, Newest]) -> list[dict[str, Any]]:
+    """Rank by rank what tells whether it gets on, and how."""
+    found: dict[int, dict[str, Any]] = {}
+    for (rank, key), (step, at, value) in values.items():
+        known = found.setdefault(rank, {"rank": rank, "step": 0, "time": 0.0, "values": {}})
+        if not key.startswith(SAMPLED):  # the sampler goes on whatever the training does
+            known["step"], known["time"] = max(known["step"], step), max(known["time"], at)
+        if key.startswith(PER_RANK):
+            known["values"][key] = (at, value)
+    return [found[rank] for rank in sorted(found)]
 
 
 def _state(run: _Run, now: float) -> LiveState:
@@ -369,10 +390,16 @@ class LivePublisher:
     Whatever the sink does, memory stays bounded and nobody waits: what it did not take coalesces.
     """
 
-    def __init__(self, live: LiveValues, open_sink: Callable[[], LiveSink]) -> None:
+    def __init__(
+        self, live: LiveValues, open_sink: Callable[[], LiveSink], *, circuits: Circuits | None = None
+    ) -> None:
         self._live, self._open = live, open_sink
         self._sink: LiveSink | None = None
-        self._breaker = CircuitBreaker(threshold=1, first_pause=0.5, longest_pause=10.0)
+        self._breaker = (circuits or Circuits()).link(
+            "redis", lost="Redis does not take live values, watchers ask the database meanwhile",
+            back="Redis takes live values again",
+            breaker=CircuitBreaker(threshold=1, first_pause=0.5, longest_pause=10.0),
+        )  # fmt: skip
         self._token = uuid.uuid4().hex
         """A key of this name in Redis tells whether Redis still has what we wrote."""
         self._looked = 0.0
@@ -405,12 +432,10 @@ class LivePublisher:
             is_whole = self._sink.write(changes, self._token)
             self._live.watch(self._sink.watched([change.run for change in changes]))
         except Exception as error:  # whatever it is, watchers must not end the thread
-            if self._breaker.failed(now):
-                logger.warning("Redis does not take live values (%s); watchers ask the database meanwhile", error)
+            self._breaker.failed(error, now)
             self._live.again()
             return PAUSE
-        if self._breaker.succeeded():
-            logger.info("Redis takes live values again")
+        self._breaker.succeeded(now)
         if not is_whole:
             self._live.again()
         return min(max(PAUSE, SHARE * (time.thread_time() - began)), LONGEST_PAUSE)

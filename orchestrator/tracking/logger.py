@@ -58,6 +58,7 @@ class Logger:
         role: str = MEMBER,
     ) -> None:
         self._root, self._max_bytes, self._when_full = root, max_bytes, when_full
+        self._is_asked_to_stop = False
         self._identity = (run, attempt, rank, role)
         self._spool = self._new_spool()
         self._thread = threading.get_ident()
@@ -117,7 +118,11 @@ class Logger:
         spool.append_fact(fact)
 
     def stop_requested(self) -> bool:
-        return self._spool.stop_requested
+        return self._is_asked_to_stop or self._spool.stop_requested
+
+    def request_stop(self) -> None:
+        """As if the tracker had asked; for what this process hears by itself. May be called in a signal handler."""
+        self._is_asked_to_stop = True
 
     def flush(self, timeout: float) -> bool:
         """Waits until everything logged is accepted by the tracker; False if that took longer than `timeout`."""

@@ -17,6 +17,7 @@ from orchestrator.clock import Clock, SystemClock
 from orchestrator.errors import UserError
 from orchestrator.store.merge import MANY_POINTS, MANY_ROWS, Changes, Merged, Unmerged
 from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.circuits import Circuits
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,21 @@ class _Pending:
 class MergeService:
     """One thread calls `step` or `run`; `stop` and `health` may be called from any. A crash costs nothing."""
 
-    def __init__(self, source: Source, *, config: MergeConfig | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        config: MergeConfig | None = None,
+        clock: Clock | None = None,
+        circuits: Circuits | None = None,
+    ) -> None:
         self._source = source
         self._config = config or MergeConfig()
         self._clock = clock or SystemClock()
-        self._breaker = CircuitBreaker(threshold=1)
+        self._breaker = (circuits or Circuits(clock=self._clock)).link(
+            "postgres", lost="points are not merged for now, nothing else waits for it", back="points are merged again",
+            breaker=CircuitBreaker(threshold=1),
+        )  # fmt: skip
         self._cursor: int | None = None  # None: what there is was not read yet
         self._producers: dict[int, _Pending] = {}
         self._of_run: dict[int, set[int]] = {}
@@ -105,22 +116,17 @@ class MergeService:
         try:
             more = self._step(now)
         except UserError as error:
-            self._failed(error, now)
+            self._last_error, self._cursor = str(error), None
+            self._breaker.failed(error, now)
             return False
         except Exception as error:  # a defect must not end the thread: rows that are not merged are only larger
-            self._failed(error, now)
+            self._last_error, self._cursor = str(error), None
+            self._breaker.breaker.failed(now)
             logger.exception("points cannot be merged")
             return False
         self._last_error = ""
-        if self._breaker.succeeded():
-            logger.warning("points are merged again")
+        self._breaker.succeeded(now)
         return more
-
-    def _failed(self, error: Exception, now: float) -> None:
-        self._last_error = str(error)
-        self._cursor = None
-        if self._breaker.failed(now):
-            logger.warning("points are not merged for now, nothing else waits for it: %s", error)
 
     def _step(self, now: float) -> bool:
         self._is_working = self._source.try_lock(LOCK)

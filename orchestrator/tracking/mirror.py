@@ -11,8 +11,8 @@
   on at its next turn; of many with little each waits until there is something worth a request. What is held in memory
   is bounded; a run that is dropped from it is read again from its cursor.
 * **Patient.** A sink that fails or hangs is left alone for growing pauses (`breaker.py`): one warning when that
-  begins, one when it ends. A run that the sink refuses is put aside, the others go on. `step` takes at most about ten
-  seconds.
+  begins, one line when it is over (`circuits.py`). A run that the sink refuses is put aside, the others go on. `step`
+  takes at most about ten seconds.
 
 The canonical curve of a key is its declared reduction over ranks (`curves.py`), else rank 0's. A key that rank 0 does
 not log takes the lowest rank that does, once `grace` seconds have passed (or the run has ended), because chunks of
@@ -57,6 +57,7 @@ from orchestrator.store.views import (
 )
 from orchestrator.tracking.backlog import Backlog
 from orchestrator.tracking.breaker import BreakerState, CircuitBreaker
+from orchestrator.tracking.circuits import Circuits
 from orchestrator.tracking.copies import (
     Copy,
     Rules,
@@ -229,14 +230,27 @@ class MirrorService:
     """
 
     def __init__(
-        self, feed: Feed, sink: Sink, *, config: MirrorConfig | None = None, clock: Clock | None = None
+        self,
+        feed: Feed,
+        sink: Sink,
+        *,
+        config: MirrorConfig | None = None,
+        clock: Clock | None = None,
+        circuits: Circuits | None = None,
     ) -> None:
         self._feed = feed
         self._sink = sink
         self._config = config or MirrorConfig()
         self._clock = clock or SystemClock()
-        self._breaker = CircuitBreaker()
-        self._feed_breaker = CircuitBreaker(threshold=1)
+        circuits = circuits or Circuits(clock=self._clock)
+        self._breaker = circuits.link(
+            sink.name, lost=f"mirror {sink.name} is behind from now on, training is not affected",
+            back=f"mirror {sink.name} works again and catches up",
+        )  # fmt: skip
+        self._feed_breaker = circuits.link(
+            "postgres", lost=f"mirror {sink.name} waits for its source", back=f"mirror {sink.name} has its source back",
+            breaker=CircuitBreaker(threshold=1),
+        )  # fmt: skip
         self._rules = Rules(
             name_for=sink.name_for,
             complete=sink.complete if self._config.complete is None else self._config.complete,
@@ -286,11 +300,9 @@ class MirrorService:
             more = self._step(now)
         except UserError as error:
             self._forget()
-            if self._feed_breaker.failed(now):
-                logger.warning("mirror %s waits for its source: %s", self._sink.name, error)
+            self._feed_breaker.failed(error, now)
             return False
-        if self._feed_breaker.succeeded():
-            logger.warning("mirror %s has its source back", self._sink.name)
+        self._feed_breaker.succeeded(now)
         return more
 
     def _step(self, now: float) -> bool:
@@ -385,12 +397,10 @@ class MirrorService:
 
     def _failed(self, error: Exception) -> None:
         self._last_error = str(error)
-        if self._breaker.failed(self._clock.monotonic()):
-            logger.warning("mirror %s is behind from now on, training is not affected: %s", self._sink.name, error)
+        self._breaker.failed(error, self._clock.monotonic())
 
     def _succeeded(self) -> None:
-        if self._breaker.succeeded():
-            logger.warning("mirror %s works again and catches up", self._sink.name)
+        self._breaker.succeeded(self._clock.monotonic())
 
     def _put_aside(self, run: str, error: Exception, now: float) -> None:
         self._last_error = str(error)

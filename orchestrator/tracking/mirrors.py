@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.backends import open_sink
 from orchestrator.errors import UserError
+from orchestrator.tracking.circuits import Circuits
 from orchestrator.tracking.mirror import Feed, MirrorService, Sink
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ class Mirrors:
         sinks: Sinks,
         *,
         open_sink: Callable[[str, Mapping[str, Any]], Sink] = open_sink,
+        circuits: Circuits | None = None,
     ) -> None:
         self._open_feed, self._sinks, self._open_sink = open_feed, dict(sinks), open_sink
+        self._circuits = circuits or Circuits()
         self._services: dict[str, MirrorService] = {}
         self._errors: dict[str, str] = {}
         self._stopped = threading.Event()
@@ -52,7 +55,8 @@ class Mirrors:
 
     def _run(self, name: str) -> None:
         try:
-            service = MirrorService(self._open_feed(), self._open_sink(name, self._sinks[name]))
+            sink = self._open_sink(name, self._sinks[name])
+            service = MirrorService(self._open_feed(), sink, circuits=self._circuits)
             self._services[name] = service
             if self._stopped.is_set():
                 service.stop()

@@ -26,6 +26,8 @@ from orchestrator.store import open_store
 from orchestrator.store.errors import Gap
 from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepStep
 from orchestrator.tracking.admission import Admission, Mark
+from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.circuits import Circuits
 from orchestrator.tracking.committer import Committer, Piece, Watermarks
 from orchestrator.tracking.leases import AttemptId, Leases
 from orchestrator.tracking.live import LivePublisher, LiveValues
@@ -57,6 +59,7 @@ class TrackerService:
     PostgreSQL to be up.
 
     `start` runs the committer and the leases in threads of their own; without it, call `commit_step` and `lease_step`.
+    `circuits` are those of the process, see circuits.py.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class TrackerService:
         lease: float = 15.0,
         log_wait: float = 0.0,
         redis_url: str = "",
+        circuits: Circuits | None = None,
         clock: Clock | None = None,
         exit: Callable[[int], Any] = os._exit,
     ) -> None:
@@ -96,10 +100,21 @@ class TrackerService:
         """Their end is accepted and perhaps not committed yet."""
         self._find_at = self._vouch_at = self._tidy_at = -math.inf
         self._stopping: set[str] = set()
+        self._halting: set[AttemptId] = set()
         self._begun: set[str] = set()
         """Runs whose attempts began since stop requests were last asked for."""
         self._live = LiveValues()
-        self._publisher = LivePublisher(self._live, lambda: open_live(redis_url)) if redis_url else None
+        self.circuits = circuits or Circuits("tracker", clock=self._clock)
+        lost = "PostgreSQL does not answer, the tracker's log keeps everything until it does"
+        self._commits, self._verdicts = (
+            self.circuits.link(
+                "postgres", lost=lost, back="PostgreSQL answers again", breaker=CircuitBreaker(threshold=1)
+            )
+            for _ in range(2)
+        )
+        self._publisher: LivePublisher | None = None
+        if redis_url:
+            self._publisher = LivePublisher(self._live, lambda: open_live(redis_url), circuits=self.circuits)
         log = Path(log_directory)
         self.alerts = AlertService(open_store(database_url), log.with_name(f"{log.name}-addresses.json"), self._clock)
         self._committer = Committer(self._log, self._store, self._on_commit, self._on_gap, self._on_piece)
@@ -321,8 +336,11 @@ class TrackerService:
     def _acks(self, asked: Iterable[tuple[str, Stream, AttemptId]]) -> list[Ack]:
         found = (
             self._admission.ack(
-                producer, stream, stop=self._should_stop(attempt), watched=self._live.is_watched(attempt[0])
-            )
+                producer,
+                stream,
+                stop=attempt in self._halting or self._should_stop(attempt),
+                watched=self._live.is_watched(attempt[0]),
+            )  # fmt: skip
             for producer, stream, attempt in asked
         )
         return [ack for ack in found if ack is not None]
@@ -359,7 +377,12 @@ class TrackerService:
             self._progress.empty(now)
             self._mend()
             return False
-        return self._committer.step()
+        is_moved = self._committer.step()
+        if self._committer.failure:
+            self._commits.failed(self._committer.failure, self._clock.monotonic())
+        elif is_moved:
+            self._commits.succeeded(self._clock.monotonic())
+        return is_moved
 
     def _mend(self) -> None:
         """Everything in the log is committed, so what is accepted and not committed was damaged there, or the database
@@ -400,6 +423,7 @@ class TrackerService:
         attempt = (ticket.run, ticket.attempt)
         self._begun.add(ticket.run)
         self._stopping.discard(ticket.run)
+        self._halting = {each for each in self._halting if each[0] != ticket.run}
         self._leases.begin(attempt, self._clock.monotonic(), spec.lease)
         self._claim(attempt)
         self._live.opened(ticket, spec)
@@ -422,6 +446,11 @@ class TrackerService:
         """Asks a run to stop: its ranks learn of it with the next acknowledgement, the driver with its heartbeat."""
         self._stopping = {*self._stopping, run}
         self._store.request_cancel(run, user=user, now=self._clock.now())
+
+    def halt(self, run: str, attempt: int) -> None:
+        """Asks the ranks of one attempt to save and return, because its driver has something else in mind for the run.
+        Nobody else hears of it, nothing remembers it: the driver asks again until they have returned."""
+        self._halting = {*(each for each in self._halting if each[0] != run), (run, attempt)}
 
     # -- sweeps
 
@@ -464,7 +493,9 @@ class TrackerService:
             self._stopping = asked - self._begun  # what began meanwhile is not what was asked to stop
             self._judge(now)
             self._vouch(now)
-        except ServiceUnavailable:
+            self._verdicts.succeeded(self._clock.monotonic())
+        except ServiceUnavailable as error:
+            self._verdicts.failed(error, self._clock.monotonic())
             # Verdicts wait for the database; nothing else does. Nobody could vouch for an attempt meanwhile, so that
             # silence proves nothing.
             for attempt in list(self._others):
@@ -538,8 +569,10 @@ class TrackerService:
         self._forget(attempt)
 
     def live(self, run: str) -> dict[str, Any]:
-        """Newest values of a run; see LiveValues.of."""
-        return self._live.of(run)
+        """Newest values of a run, see LiveValues.of, and `circuits`: how the services of the stack are; {} for an
+        unknown run."""
+        found = self._live.of(run)
+        return {**found, "circuits": [asdict(state) for state in self.circuits.of_all()]} if found else {}
 
     # -- about itself
 
@@ -567,6 +600,7 @@ class TrackerService:
             "database": self._committer.failure or "ok",
             "refused_batches": self._refused,
             "alerts": self.alerts.health(),
+            "circuits": self.circuits.describe(),
         }
 
 

@@ -20,6 +20,8 @@ from typing import Protocol, TypeVar
 
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.records import POINT, Ack, Batch, Stream
+from orchestrator.tracking.breaker import CircuitBreaker
+from orchestrator.tracking.circuits import Circuits
 from orchestrator.tracking.spool import (
     DEFAULT_BYTES,
     SEGMENT_POINTS,
@@ -172,10 +174,20 @@ class Shipper:
     """Seconds between two attempts to send what the tracker does not take."""
 
     def __init__(
-        self, root: Path, tracker: Tracker, clock: Clock | None = None, *, budget_bytes: int = DEFAULT_BYTES
+        self,
+        root: Path,
+        tracker: Tracker,
+        clock: Clock | None = None,
+        *,
+        budget_bytes: int = DEFAULT_BYTES,
+        circuits: Circuits | None = None,
     ) -> None:
         prepare_root(root)
         self._root, self._tracker, self._clock = root, tracker, clock or SystemClock()
+        self._link = (circuits or Circuits(clock=self._clock)).link(
+            "tracker", lost="the tracker does not answer, spools are kept and sent later",
+            back="the tracker answers again", breaker=CircuitBreaker(threshold=1),
+        )  # fmt: skip
         self._budget_bytes = budget_bytes
         """What all spools of the node may hold. Beyond half of it, what is accepted is released before it is committed.
         """
@@ -269,11 +281,10 @@ class Shipper:
                 acks = [*acks, *self._ask(share)]
         except (ConnectionError, TimeoutError) as error:
             self.failures += 1
-            if self.failures in (1, 20):
-                logger.warning("the tracker does not answer (%s); spools are kept and sent later", error)
+            self._link.failed(error, self._clock.monotonic())
             return False
-        if self.failures:
-            logger.info("the tracker answers again")
+        if acks:
+            self._link.succeeded(self._clock.monotonic())
         self.failures = 0
         self.shipped += sum(batch.count for batch in batches)
         before = {key: self._accepted(*key) for key in {(batch.producer, batch.stream) for batch in batches}}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
 
 import torch
 
+from orchestrator.training.guards import Look
 from orchestrator.training.steps import optimizers
 
 logger = logging.getLogger(__name__)
@@ -24,10 +26,13 @@ class GradientNorms:
     Not looked at: what a GradScaler left to a fused optimizer, where scaled gradients may be infinite on purpose.
     """
 
-    def __init__(self, every: int) -> None:
-        self._every = every
+    def __init__(self, every: int, where: Callable[[], tuple[int, tuple[int, ...]]] = lambda: (0, ())) -> None:
+        """`where` says at which step the run is, and where in its data."""
+        self.every = every
+        """Counts from the next look on."""
+        self._where = where
         self._watched: WeakSet[Any] = WeakSet()
-        self._waiting: list[tuple[torch.Tensor, Any]] = []
+        self._waiting: list[tuple[torch.Tensor, Any, tuple[int, tuple[int, ...]]]] = []
         """Norms on their way to the host, each with the event that tells of its arrival (None: it is there)."""
 
     def watch(self, *things: Any) -> None:
@@ -37,22 +42,25 @@ class GradientNorms:
                 self._watched.add(optimizer)
                 optimizer.register_step_pre_hook(self._hook())
 
-    def take(self) -> list[float]:
-        """Those that have arrived since the last time, oldest first."""
+    def take(self, *, wait: bool = False) -> list[Look]:
+        """Those that have arrived since the last time, oldest first; with `wait` all of them, which may take until the
+        device comes to an end."""
         arrived = []
-        while self._waiting and (self._waiting[0][1] is None or self._waiting[0][1].query()):
-            norm, _ = self._waiting.pop(0)
-            arrived.append(norm.item())
+        while self._waiting and (wait or self._waiting[0][1] is None or self._waiting[0][1].query()):
+            norm, event, (step, place) = self._waiting.pop(0)
+            if wait and event is not None:
+                event.synchronize()
+            arrived.append(Look(norm.item(), step, place))
         return arrived
 
     def _hook(self) -> Callable[..., None]:
-        left, every = 1, self._every
+        left = 1
 
         def hook(optimizer: Any, *_: Any) -> None:
             nonlocal left
             left -= 1
             if not left:
-                left = every
+                left = self.every
                 self._look(optimizer)
 
         return hook
@@ -73,23 +81,42 @@ class GradientNorms:
             norm = norm.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._waiting.append((norm, event))
+        self._waiting.append((norm, event, self._where()))
         del self._waiting[:-MOST_WAITING]
 
 
-@torch.no_grad()
+def are_numbers(*things: Any) -> bool:
+    """Whether all parameters of the optimizers among `things` are finite numbers, of divided ones this rank's part.
+    Waits for the device."""
+    for optimizer in optimizers(things):
+        try:
+            norm = _norm_of([parameter.detach() for parameter in _parameters(optimizer)])
+        except (RuntimeError, NotImplementedError, TypeError):
+            logger.debug("these parameters have no norm", exc_info=True)
+            continue
+        if norm is not None and not math.isfinite(norm.item()):
+            return False
+    return True
+
+
 def _norm(optimizer: Any) -> torch.Tensor | None:
     """The norm of all gradients together, where they are; None without any."""
-    gradients = [
-        parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    if not gradients:
+    return _norm_of([parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None])
+
+
+def _parameters(optimizer: Any) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+@torch.no_grad()
+def _norm_of(tensors: Iterable[Any]) -> torch.Tensor | None:
+    found = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    if not found:
         return None
     # In half precision the norm itself would be infinite beyond 65,504.
-    wide = torch.float32 if gradients[0].dtype is torch.float16 else None
-    norms = torch._foreach_norm(gradients, 2, dtype=wide)
+    wide = torch.float32 if found[0].dtype is torch.float16 else None
+    norms = torch._foreach_norm(found, 2, dtype=wide)
     device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float32) for norm in norms]))
+    if any(norm.device != device for norm in norms):
+        norms = tuple(norm.to(device) for norm in norms)
+    return torch.linalg.vector_norm(torch.stack(norms).to(torch.float32))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orchestrator.errors import OrchestratorError
 
@@ -25,11 +25,13 @@ class Diverged(OrchestratorError):
 
     failure_kind = "diverged"
 
-    def __init__(self, what: str, step: int, good: int) -> None:
-        super().__init__(what, step, good)
+    def __init__(self, what: str, step: int, good: int, found: Mapping[str, Any] | None = None) -> None:
+        super().__init__(what, step, good, found)
         self.what, self.step = what, step
         self.good = good
         """The last step at which all was well."""
+        self.failure_details: Mapping[str, Any] = {"good_step": good, **(found or {})}
+        """Part of the attempt's stored error; see `training.run.Run` for what is found."""
 
     def __str__(self) -> str:
         return f"{self.what} (step {self.step}; all was well at step {self.good})"
@@ -44,6 +46,16 @@ class Rule(StrEnum):
     """The gradients do not explode."""
     memory = "memory"
     """The memory in use does not grow for ever."""
+
+
+class Look(NamedTuple):
+    """At the gradients, before a step of an optimizer."""
+
+    norm: float
+    step: int = 0
+    """The run's step then."""
+    place: tuple[int, ...] = ()
+    """Where in the data the batch that made them ends."""
 
 
 class Finding(NamedTuple):
@@ -79,19 +91,27 @@ class Divergence:
     """Mean of the last `window` values > `factor` times the mean of those before, once there are so many of both. Where
     the earlier mean is negative the distance counts: it grew by (factor - 1) of its size."""
 
-    def __init__(self, window: int, factor: float) -> None:
+    def __init__(self, window: int, factor: float, since: int = 0) -> None:
+        """`since` is the step at which the training began or went on."""
         self._window, self._factor = window, factor
         self._values: deque[float] = deque(maxlen=2 * window)
+        self._steps: deque[int] = deque([since], maxlen=2 * window + 1)
 
-    def reported(self, value: float) -> str:
+    @property
+    def good(self) -> int:
+        """The last step before the values that are compared: wherever among them it began, it had not by then."""
+        return self._steps[0]
+
+    def reported(self, value: float, step: int = 0) -> str:
         """The next value. Gives what is wrong, in words; '' for nothing. What is no number is left to others."""
         if not math.isfinite(value):
             return ""
         self._values.append(value)
+        self._steps.append(step)
         if len(self._values) < 2 * self._window:
             return ""
         values = list(self._values)
-        before, now = statistics.fmean(values[: self._window]), statistics.fmean(values[self._window :])
+        before, now = sum(values[: self._window]) / self._window, sum(values[self._window :]) / self._window
         if before == 0 or now - before <= (self._factor - 1) * abs(before):
             return ""
         return f"the mean of its last {self._window} values is {now:.4g}, of the {self._window} before {before:.4g}"
@@ -102,17 +122,19 @@ class Explosion:
 
     IN_A_ROW, LEAST, KEPT = 3, 10, 50
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float, since: int = 0) -> None:
         self._factor = factor
         self._calm: deque[float] = deque(maxlen=self.KEPT)
         self._beyond = 0
+        self.good = since
+        """The last step before which the gradients were as usual."""
 
-    def reported(self, norm: float) -> str:
+    def reported(self, norm: float, step: int = 0) -> str:
         """The next norm, a finite one. Gives what is wrong, in words; '' for nothing."""
         usual = statistics.median(self._calm) if len(self._calm) >= self.LEAST else math.inf
         if norm <= self._factor * usual:
             self._calm.append(norm)
-            self._beyond = 0
+            self._beyond, self.good = 0, step
             return ""
         self._beyond += 1
         if self._beyond < self.IN_A_ROW:
@@ -152,49 +174,82 @@ class MemoryGrowth:
 class Guards:
     """All rules over one training, on one rank."""
 
-    def __init__(self, rules: GuardRules) -> None:
-        self._rules = rules
+    def __init__(self, rules: GuardRules, since: int = 0) -> None:
+        """`since` is the step at which the training began or went on: there all is taken to be well."""
+        self._rules, self._since = rules, since
         self._losses: dict[str, Divergence] = {}
-        self._explosion = Explosion(rules.explosion)
+        self._explosion = Explosion(rules.explosion, since)
         self._memory = MemoryGrowth(rules.memory_share, rules.memory_bytes)
+        self._is_loss: dict[str, bool] = {}
         self._standing: set[tuple[Rule, str]] = set()
-        self.good = 0
+        self._well = dict.fromkeys((Rule.finite, Rule.divergence, Rule.gradients), since)
+        """The newest step at which nothing was wrong by that rule."""
+
+    @property
+    def good(self) -> int:
         """The newest step at which nothing was wrong with loss and gradients."""
+        return min(self._well.values())
+
+    def good_before(self, found: Iterable[Finding]) -> int:
+        """The newest step at which what was found had not begun, as far as anybody can tell."""
+        return min((self._good(rule, key) for rule, key, _ in found if rule in self._well), default=self.good)
+
+    def vouched(self, rules: Collection[Rule]) -> int:
+        """The newest step that none of these rules can find fault with any more, whatever comes."""
+        known: list[tuple[Rule, str]] = [(rule, "") for rule in rules if rule in (Rule.finite, Rule.gradients)]
+        known += [(Rule.divergence, key) for key in self._losses] if Rule.divergence in rules else []
+        return min((self._good(rule, key) for rule, key in known), default=self._since)
+
+    def _good(self, rule: Rule, key: str) -> int:
+        if rule is Rule.divergence and key in self._losses:
+            return self._losses[key].good
+        return self._explosion.good if rule is Rule.gradients else self._well[rule]
 
     def reported(
-        self, metrics: Mapping[str, float], step: int, *, norms: Sequence[float] = (), memory: float | None = None
+        self, metrics: Mapping[str, float], step: int, *, looks: Sequence[Look] = (), memory: float | None = None
     ) -> list[Finding]:
-        """What is wrong since this report. `norms` are those of the gradients since the last one, `memory` the bytes in
+        """What is wrong since this report. `looks` are those at the gradients since the last one, `memory` the bytes in
         use."""
-        wrong = [*self._of_losses(metrics), *self._of_gradients(norms)]
+        wrong = [*self._of_losses(metrics, step), *self._of_gradients(looks)]
         if memory is not None and (what := self._memory.reported(step, memory)):
             wrong.append(Finding(Rule.memory, "memory", what))
+        if not wrong and not self._standing:
+            self._well = dict.fromkeys(self._well, step)
+            return wrong
         fresh = [each for each in wrong if (each.rule, each.key) not in self._standing]
-        looked_at = {*metrics, *(["gradients"] if norms else []), *(["memory"] if memory is not None else [])}
+        looked_at = {*metrics, *(["gradients"] if looks else []), *(["memory"] if memory is not None else [])}
         kept = {each for each in self._standing if each[1] not in looked_at}
         self._standing = kept | {(each.rule, each.key) for each in wrong}
-        if all(rule is Rule.memory for rule, _ in self._standing):
-            self.good = step
+        standing = {rule for rule, _ in self._standing}
+        for rule in self._well:
+            if rule not in standing:
+                self._well[rule] = step
         return fresh
 
-    def _of_losses(self, metrics: Mapping[str, float]) -> list[Finding]:
+    def is_loss(self, key: str) -> bool:
+        if (found := self._is_loss.get(key)) is None:
+            found = self._is_loss[key] = self._rules.is_loss(key)
+        return found
+
+    def _of_losses(self, metrics: Mapping[str, float], step: int) -> list[Finding]:
         found = []
         for key, value in metrics.items():
-            if not self._rules.is_loss(key):
+            if not self.is_loss(key):
                 continue
             if not math.isfinite(value):
                 found.append(Finding(Rule.finite, key, f"{key} is {value}"))
                 continue
-            rule = self._losses.setdefault(key, Divergence(self._rules.window, self._rules.factor))
-            if what := rule.reported(value):
+            if (rule := self._losses.get(key)) is None:
+                rule = self._losses[key] = Divergence(self._rules.window, self._rules.factor, self._since)
+            if what := rule.reported(value, step):
                 found.append(Finding(Rule.divergence, key, f"{key} diverges: {what}"))
         return found
 
-    def _of_gradients(self, norms: Iterable[float]) -> list[Finding]:
+    def _of_gradients(self, looks: Iterable[Look]) -> list[Finding]:
         found: dict[Rule, Finding] = {}
-        for norm in norms:
+        for norm, step, _ in looks:
             if not math.isfinite(norm):
                 found[Rule.finite] = Finding(Rule.finite, "gradients", f"the gradients' norm is {norm}")
-            elif what := self._explosion.reported(norm):
+            elif what := self._explosion.reported(norm, step):
                 found[Rule.gradients] = Finding(Rule.gradients, "gradients", what)
         return list(found.values())

@@ -167,7 +167,7 @@ def tally_left(directory: str) -> dict[str, Any]:
     """What the newest checkpoint of the run in `directory` says had been counted, as `Tally.to_json`: for whoever heard
     no more of its ranks. {} where there is no checkpoint, or none of a judged run. Raises OSError, CheckpointError."""
     storage = Storage(directory).join("checkpoints")
-    newest = next((each for each in catalog.scan(storage).committed if each.resumable), None)
+    newest = next((each for each in catalog.scan(storage).good if each.resumable), None)
     if newest is None:
         return {}
     state = json.loads(storage.read_bytes(f"{newest.name}/{STATE}"))["progress"].get("judge")

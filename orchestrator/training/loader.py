@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from orchestrator.errors import UserError
 from orchestrator.seeding import derive
-from orchestrator.training.pace import Pace
+from orchestrator.training.pace import Pace, Signs
+
+LeftOut = tuple[int, int, int, int]
+"""Samples of a pass, counted over all ranks: epoch, pass, the first and the one behind the last."""
 
 
 class CannotShard(UserError):
@@ -58,7 +61,9 @@ class ShardedSampler(Sampler[int]):
         self.passes = 0
         """How many passes this epoch has had before."""
         self.skip = 0
-        """How many samples of the next pass, over all ranks, have been used already."""
+        """How many samples of the next pass, over all ranks, have been used already or left out."""
+        self.left_out: frozenset[LeftOut] = frozenset()
+        """Samples that are not given."""
 
     @property
     def total(self) -> int:
@@ -76,7 +81,14 @@ class ShardedSampler(Sampler[int]):
             order = list(range(self._size))
         if self.total > self._size:
             order = (order * math.ceil(self.total / self._size))[: self.total] if order else order
-        return iter(order[self.skip : self.total][self._rank :: self._world_size])
+        gaps = gaps_of(self.left_out, self.epoch, self.passes, self.skip, self.total)
+        if not gaps:
+            return iter(order[self.skip : self.total][self._rank :: self._world_size])
+        starts, ends = [self.skip, *(last for _, last in gaps)], [*(first for first, _ in gaps), self.total]
+        left = [index for start, end in zip(starts, ends, strict=True) for index in order[start:end]]
+        if self._even and (over := len(left) % self._world_size):  # made when the group had another size
+            left = left[:-over] if self._drop_last else left + order[: self._world_size - over]
+        return iter(left[self._rank :: self._world_size])
 
     def __len__(self) -> int:
         return len(range(self._rank, self.total, self._world_size))
@@ -113,7 +125,7 @@ class ShardedLoader(DataLoader[Any]):
         self._is_active = False
         self._left_at: tuple[_Place, ...] = ()
         """Where the code stood, innermost first, when the loop over the last pass was left in the middle."""
-        self.pace: Callable[[ShardedLoader], Pace | None] | None = None
+        self.pace: Callable[[ShardedLoader], Pace | Signs] | None = None
         """Who takes the time of a pass that begins; None: nobody."""
         self._own: ShardedSampler | None = self._sampler_for(loader)
         self._epoch, self._passes = 0, 0
@@ -148,7 +160,8 @@ class ShardedLoader(DataLoader[Any]):
         """The batch in hand ends the pass. Unknown, so False, when the sampler is the user's."""
         if not self._is_active or self._own is None:
             return False
-        left = self._own.total - self._used
+        gaps = gaps_of(self._own.left_out, self._own.epoch, self._own.passes, self._used, self._own.total)
+        left = self._own.total - self._used - sum(last - first for first, last in gaps)
         return left < self._batch_total() if self.drop_last else left <= 0
 
     @property
@@ -159,6 +172,16 @@ class ShardedLoader(DataLoader[Any]):
     def can_split(self) -> bool:
         """Whether smaller batches are of use, and how they follow each other is ours to say."""
         return self.is_shuffled
+
+    @property
+    def pass_size(self) -> int | None:
+        """Samples of a pass over all ranks; None where the order is the user's sampler's."""
+        return None if self._own is None else self._own.total
+
+    def leave_out(self, what: Iterable[LeftOut]) -> None:
+        """Samples that no pass gives from now on. Only where `pass_size` is known."""
+        assert self._own is not None
+        self._own.left_out = frozenset(what)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass; a restored position in this very epoch stays."""
@@ -203,7 +226,7 @@ class ShardedLoader(DataLoader[Any]):
                 if self._own is None:
                     self._used += 1
                 else:
-                    self._used = min(self._own.total, self._used + self._batch_total())
+                    self._used = self._behind(self._used, self._batch_total())
                 self._is_active = True
                 yield to_device(batch, self._target)
         except GeneratorExit:
@@ -216,6 +239,15 @@ class ShardedLoader(DataLoader[Any]):
         """If it was this exception that ended the loop over a pass, the loader counts as in the middle of it again."""
         if self._left_at and _was_raised_at(error, self._left_at):
             self._is_active, self._left_at = True, ()
+
+    def _behind(self, used: int, count: int) -> int:
+        """Where in the pass a batch of `count` samples over all ranks ends that begins at `used`."""
+        assert self._own is not None
+        for first, last in gaps_of(self._own.left_out, self._own.epoch, self._own.passes, used, self._own.total):
+            if used + count <= first:
+                break
+            used, count = last, count - (first - used)
+        return min(self._own.total, used + count)
 
     def _batch_total(self) -> int:
         return (self.batch_size or 1) * self._world_size
@@ -268,6 +300,35 @@ def _was_raised_at(error: BaseException, places: tuple[_Place, ...]) -> bool:
         if (frame, code) in passed:
             return instruction in passed[frame, code]
     return False
+
+
+def gaps_of(left_out: Iterable[LeftOut], epoch: int, passes: int, start: int, total: int) -> list[tuple[int, int]]:
+    """The parts of a pass from `start` on that are left out, as (first, behind the last), in order and apart."""
+    found: list[tuple[int, int]] = []
+    for _, _, first, last in sorted(each for each in left_out if each[:2] == (epoch, passes)):
+        first, last = max(first, start), min(last, total)
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        elif first < last:
+            found.append((first, last))
+    return found
+
+
+def between(first: tuple[int, ...], last: tuple[int, ...], pass_size: int) -> list[LeftOut]:
+    """The samples behind one place in the data up to another one; a place is (epoch, pass, used). Nothing
+    where these are not known, and where they are more than half a pass: then nobody knows which are to blame."""
+    if len(first) != 3 or len(last) != 3 or first >= last:
+        return []
+    (epoch, passes, used), (last_epoch, last_passes, last_used) = first, last
+    if (epoch, passes) == (last_epoch, last_passes):
+        found = [(epoch, passes, used, last_used)]
+    elif (last_epoch, last_passes) in ((epoch, passes + 1), (epoch + 1, 0)):
+        # From the very beginning of a pass nobody can tell whether it took place.
+        found = [*([(epoch, passes, used, pass_size)] if used else []), (last_epoch, last_passes, 0, last_used)]
+    else:
+        return []
+    found = [each for each in found if each[2] < each[3]]
+    return found if all(2 * (end - begin) <= pass_size for _, _, begin, end in found) else []
 
 
 def parts(size: int, least: int) -> int:

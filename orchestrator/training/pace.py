@@ -33,6 +33,11 @@ MICRO_BATCH_METRICS: Mapping[str, Mapping[str, str]] = {
 }
 """Where the train function divides its batches by `run.accumulate`: samples of a rank's micro-batch."""
 
+ALIVE_METRICS: Mapping[str, Mapping[str, str]] = {"perf/alive": {"reduction": "max"}}
+"""In long phases without other points: how many signs of life the rank has given."""
+
+SIGNS = 5.0
+"""Seconds between two of them."""
 WINDOW = 1.0
 """Seconds of training that one recorded point covers, at least."""
 _LONG = 4.0
@@ -133,6 +138,18 @@ class Pace:
         if self._time > _LONG:
             self._mask >>= 1
         self.close()
+
+
+class Signs:
+    """Gives a sign of life with each batch of a pass that is not timed."""
+
+    def __init__(self, alive: Callable[[], None]) -> None:
+        self._alive = alive
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._alive()
+            yield batch
 
 
 def samples_in(batch: Any) -> int:

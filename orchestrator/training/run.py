@@ -10,7 +10,7 @@ import math
 import mimetypes
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,28 +30,34 @@ from orchestrator.checkpoints.staging import Stager
 from orchestrator.checkpoints.state import TrainState
 from orchestrator.checkpoints.triggers import FULL, Moment, improved, reasons_to_save
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.errors import BadMetric, ConfigError, RunFailed, UserError
-from orchestrator.failures.rules import KINDS
+from orchestrator.errors import BadMetric, CheckpointError, RunFailed, UserError
+from orchestrator.failures.rules import kind_named
 from orchestrator.provenance import datasets
 from orchestrator.provenance.fingerprint import data as data_fingerprint
 from orchestrator.records import Fact, FactKind, RunTicket
-from orchestrator.training import seeds
+from orchestrator.tracking.circuits import News
+from orchestrator.training import rates, seeds
+from orchestrator.training.gradients import are_numbers
 from orchestrator.training.group import Group, Value
 from orchestrator.training.guards import Diverged, Finding
 from orchestrator.training.judging import Action, Judge, Report, Verdict
-from orchestrator.training.loader import ShardedLoader
+from orchestrator.training.loader import LeftOut, ShardedLoader, between
 from orchestrator.training.pace import (
+    ALIVE_METRICS,
     CHECKPOINT_METRICS,
     METRICS,
     MICRO_BATCH_METRICS,
+    SIGNS,
     Pace,
+    Signs,
     memory_now,
     peak_memory,
 )
 from orchestrator.training.pointers import Pointers
 from orchestrator.training.recorder import Recorder
 from orchestrator.training.steps import OptimizerSteps
-from orchestrator.training.watching import Watch, Watching
+from orchestrator.training.storage_watch import StorageWatch
+from orchestrator.training.watching import Place, Watch, Watching, Wrong
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +117,9 @@ class Decision:
     why: str = ""
     wrong: str = ""
     """Why the attempt is to fail; goes before the judge."""
-    good: int = 0
-    """With `wrong`: the last step at which all was well."""
+    good: int = -1
+    """With `wrong`: the last step at which rank 0 knows that all was well. Else the one that no guard can find fault
+    with any more; -1 where none ends the attempt."""
 
     @property
     def must(self) -> bool:
@@ -165,10 +172,13 @@ class Run:
         device: torch.device | str | None = None,
         accumulation_steps: int = 1,
         splits: int = 1,
+        shares: int = 1,
         perf: bool = False,
         pointers: Pointers | None = None,
         judge: Judge | None = None,
         watch: Watch | None = None,
+        rollback: Mapping[str, Any] | None = None,
+        is_new: bool = False,
         clock: Clock | None = None,
     ) -> None:
         """`resume` continues from the newest valid checkpoint in the ticket's directory, if there is one. `stager`
@@ -176,10 +186,14 @@ class Run:
         the record hears of a checkpoint that became durable after this process was gone. `perf` records how fast
         it goes; see pace.py. `pointers` hear of checkpoints; given on all ranks or on none, as is `judge`, which may
         pause or end the training; see judging.py. `splits`: into how many micro-batches each batch of a prepared
-        training DataLoader is divided, so that `accumulation_steps` grows and the global batch stays. `watch`: what the
-        guards watch for; see guards.py."""
+        training DataLoader is divided, so that `accumulation_steps` grows and the global batch stays. `shares`: of how
+        many workers each one has the share of a global batch, for the same end. `watch`: what the
+        guards watch for; see guards.py. `rollback`: what is done otherwise since an earlier attempt went wrong: `skip`,
+        samples that are left out, `lr`, the factor of all learning rates, `until`, the step at which it was found.
+        `is_new`: nothing can have been saved yet, so the storage is not asked and may be away."""
         self._pointers = pointers
         self._ticket, self._recorder, self._resume, self._config_hash = ticket, recorder, resume, config_hash
+        self._is_new = is_new
         self._clock = clock or SystemClock()
         self._device = torch.device(device) if device is not None else _default_device(local_rank)
         if self._device.type == "cuda":
@@ -208,6 +222,7 @@ class Run:
         self._state: TrainState | None = None
         self._generators: dict[str, Any] | None = None
         self._divided = 1
+        self._shares = shares
         """Micro-batches that one batch of the user's is divided into."""
         self._step, self._logged = 0, False
         self._epoch, self._first_epoch = 0, 0
@@ -225,9 +240,20 @@ class Run:
         self._skips_logged = 0
         self._pace = Pace(self._record_pace, peak_memory(self._device)) if perf else None
         self._explained: set[str] = set()
+        self._alive_at, self._signs = self._clock.monotonic(), 0
         self._judge = judge
+        self._rollback = dict(rollback or {})
+        self._left_out: frozenset[LeftOut] = frozenset(map(_left_out, self._rollback.get("skip", ())))
+        self._lr_factor = float(self._rollback.get("lr", 1.0))
+        self._trains: tuple[Any, ...] = ()
+        """What there are optimizers and schedulers among."""
         tell, memory = self._tell_finding, memory_now(self._device)
-        self._watching = Watching(watch, tell, memory, self._clock) if watch else None
+        if watch and self._rollback:
+            watch = replace(watch, close_until=int(self._rollback.get("until", 0)))
+        self._watching = Watching(watch, tell, memory, self._clock, self._where) if watch else None
+        self._wrong: Wrong | None = None
+        """On rank 0: why the attempt ends in this report."""
+        self._storage_watch = StorageWatch(self._tell_news, self._clock) if rank == 0 else None
         self._verdict = Verdict(Action.go)
         """The judge's last word, on all ranks."""
         self._uses_epochs = self._ended_in_epochs = False
@@ -307,6 +333,11 @@ class Run:
         call `report`."""
         return self._recorder.stop_requested()
 
+    @property
+    def has_state(self) -> bool:
+        """Whether `state` has been called: there is something to save."""
+        return self._state is not None
+
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -348,6 +379,8 @@ class Run:
             self._is_state_new = False
             self._checkpoints.expect(state)  # again: most optimizers have no state before their first step
         decision = self._decide(numbers, state is not None, best)
+        if decision.good >= 0:
+            self._checkpoints.vouch(decision.good)
         info = None
         if decision.reasons:
             state = self._state if state is None and decision.leaves else state
@@ -357,12 +390,22 @@ class Run:
                 )
             info = self._save_or_tell(state, numbers, decision)
         if decision.wrong:
-            raise Diverged(decision.wrong, self._step, decision.good)
+            raise self._diverged(decision)
         if decision.stop or decision.action is not Action.go:
             self._obey(decision)
         if self._state is not None and self._policy.on_exception:
             self._last_report = self._whereabouts()
         return info
+
+    def alive(self) -> None:
+        """Says that this rank gets on, in a long phase without `log`, `report` or a prepared DataLoader; else it counts
+        as hanging one day (`failures.hang`). Call it as often as you like: it records at most every five seconds."""
+        now = self._clock.monotonic()
+        if now - self._alive_at >= SIGNS:
+            self._alive_at = now
+            self._signs += 1
+            self._explain(ALIVE_METRICS)
+            self._recorder.log({"perf/alive": float(self._signs)}, self._step)
 
     def sum(self, value: Value) -> Value:
         """Collective. The sum of a number or tensor over all ranks."""
@@ -419,7 +462,7 @@ class Run:
     def accumulation_steps(self) -> int:
         """Micro-batches per optimizer step; see `accumulate`. What is set is multiplied by the parts into which a batch
         had to be divided, so it is known once the training DataLoader is prepared."""
-        return self._accumulation_steps * self._divided
+        return self._accumulation_steps * self._divided * self._shares
 
     @accumulation_steps.setter
     def accumulation_steps(self, count: int) -> None:
@@ -433,6 +476,12 @@ class Run:
                 self._explain(MICRO_BATCH_METRICS)
                 self._recorder.log({"perf/micro_batch": float(loader.batch_size)}, self._step)
                 return
+
+    @property
+    def lr_factor(self) -> float:
+        """By what the learning rates are multiplied because the training went wrong before: 1 if it did not. Optimizers
+        and schedulers that `run.state` was given have it in them; who sets rates by hand multiplies by it."""
+        return self._lr_factor
 
     def epochs(self, count: int) -> Iterator[int]:
         """0, 1, … count-1; after a resume only those that are left, the interrupted one first.
@@ -483,13 +532,19 @@ class Run:
         if loader is None and len(shuffled) == 1:
             state.loader = shuffled[0]
         self._state = state
-        self._optimizer_steps.watch(optimizer, *(extra or {}).values(), *more.values())
+        self._trains = (optimizer, scheduler, *(extra or {}).values(), *more.values())
+        self._optimizer_steps.watch(*self._trains)
         if self._watching is not None and self.is_main:
-            self._watching.optimizers(optimizer, *(extra or {}).values(), *more.values())
-        if self._resume:
-            stored = self._checkpoints.restore(state)
+            self._watching.optimizers(*self._trains)
+        stored = None
+        if self._resume and not self._is_new:
+            stored = self._checkpoints.restore(state, must_be_numbers=bool(self._rollback))
             if stored is not None:
                 self._continue_from(stored, state)
+        if stored is None:
+            self._do_otherwise(applied=1.0)
+        if self._watching is not None:
+            self._watching.begins()
         self._checkpoints.expect(state)
         self._is_state_new = True
         if self._verdict.action is Action.pause:
@@ -566,8 +621,16 @@ class Run:
             return  # of all ranks: perhaps rank 0 alone records, so nothing collective
         self._await_saves()
         due = self._policy.at_end and self._step > self._durable.step
-        if self._group.share("save" if due else ""):
-            self._save_or_tell(self._state, {}, Decision(reasons=("end",)))
+        ending = Decision(reasons=("end",) if due else ())
+        if due and self.is_main and (wrong := self._spoilt()) is not None:
+            self._wrong, ending = wrong, Decision(wrong=wrong.what, good=wrong.good)
+        ending = Decision.from_json(self._group.share(ending.to_json()))
+        if ending.wrong:
+            raise self._diverged(ending)
+        if ending.reasons:
+            self._save_or_tell(self._state, {}, ending)
+        if self._storage_watch is not None:
+            self._storage_watch.end()
         if self._pointers:
             if pointer := self._group.share(self._pointers.due(is_last=True) if self.is_main else ""):
                 self._pointers.put(pointer)
@@ -597,11 +660,10 @@ class Run:
 
     def fail(self, kind: str, message: str) -> NoReturn:
         """Ends the attempt as a failure of that kind, whose policy follows. Raises RunFailed on this rank; the others
-        hear of it as of any exception. Raises ConfigError for a kind that there is not. Example:
+        hear of it as of any exception. A kind of your own ends the run, unless `failures.limits` gives it a budget.
+        Raises ConfigError for what is no name, or looks like a mistyped kind of ours. Example:
         run.fail("data_error", "shard 7 is empty")."""
-        if kind not in KINDS:
-            raise ConfigError("run.fail", kind, "there is no such kind of failure.", f"Known: {', '.join(KINDS)}.")
-        raise RunFailed(kind, message)
+        raise RunFailed(kind_named("run.fail", kind), message)
 
     def metric(self, name: str, *, unit: str = "", direction: str = "", reduction: str = "") -> None:
         """Says what a metric means: its unit, which `direction` is better (min, max), how ranks are reduced (mean,
@@ -687,11 +749,11 @@ class Run:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _pace_of(self, loader: ShardedLoader) -> Pace | None:
-        """Whether the pass that begins is one of training: an evaluation has no gradients, or is not shuffled where
-        the training is."""
+    def _pace_of(self, loader: ShardedLoader) -> Pace | Signs:
+        """Of a pass that begins. An evaluation has no gradients, or is not shuffled where the training is: of that only
+        signs of life are recorded."""
         is_training = loader.is_shuffled or not any(each.is_shuffled for each in self._loaders)
-        return self._pace if is_training and torch.is_grad_enabled() else None
+        return self._pace if self._pace is not None and is_training and torch.is_grad_enabled() else Signs(self.alive)
 
     def _record_pace(self, values: dict[str, float]) -> None:
         self._explain(METRICS)
@@ -735,7 +797,11 @@ class Run:
 
     def _progress(self) -> dict[str, Any]:
         progress: dict[str, Any] = {"best": _text(self._best), "micro_batch": self._micro_batch, "logged": self._logged}
-        progress["splits"] = self._divided
+        progress["splits"] = self._divided * self._shares
+        if self._left_out:
+            progress["left_out"] = sorted(self._left_out)
+        if self._lr_factor != 1:
+            progress["lr_factor"] = self._lr_factor
         if self._judge is not None and self.is_main:  # rank 0's is what is stored
             progress["judge"] = self._judge.state()
         return progress
@@ -762,7 +828,7 @@ class Run:
         if self.is_main:
             now = self._moment(metrics)
             stop = self._recorder.stop_requested()
-            wrong = self._watching.reported(metrics, self._step) if self._watching is not None else ""
+            self._wrong = self._watching.reported(metrics, self._step) if self._watching is not None else None
             reasons = reasons_to_save(self._policy, now, self._saved) if has_state else ()
             reasons += ("best",) if best and has_state else ()
             reasons += ("stop",) if stop and (has_state or self._state is not None) and self._policy.on_stop else ()
@@ -776,20 +842,85 @@ class Run:
                     Report(metrics, self._step, now.epochs_done, self._uses_epochs, can_save)
                 )
                 reasons += ("rung",) if action is Action.pause and can_save else ()
-            wrong = "" if stop else wrong
-            if wrong:
+            if reasons and self._wrong is None:
+                self._wrong = self._spoilt()
+            if self._wrong is not None:
                 reasons, action = (), Action.go
+            good = self._watching.vouched if self._watching is not None else -1
+            wrong = "" if stop or self._wrong is None else self._wrong.what
+            good = self._wrong.good if wrong and self._wrong is not None else good
             announced = self._checkpoints.announce(self._step) if reasons else ""
             decision = Decision(
                 reasons=reasons, is_best=is_better or best, stop=stop, best=_text(self._best), announced=announced,
                 pointer=self._pointers.due() if self._pointers else "", action=action, why=why, wrong=wrong,
-                good=self._watching.good if self._watching is not None else 0,
+                good=good,
             )  # fmt: skip
+        elif self._watching is not None:
+            self._watching.heard(metrics, self._step)
         decision = Decision.from_json(self._group.share(decision.to_json()))
         if decision.pointer and self._pointers:
             self._pointers.put(decision.pointer)
         self._best = None if decision.best is None else float(decision.best)
         return decision
+
+    def _spoilt(self) -> Wrong | None:
+        """What must not be saved, on rank 0: weights that are no numbers, whatever the last loss was."""
+        watching = self._watching
+        if watching is None or not watching.must_be_finite or are_numbers(*self._trains):
+            return None
+        return watching.spoilt("the weights are nan or infinite")
+
+    def _diverged(self, decision: Decision) -> Diverged:
+        """Collective. What all ranks raise, once nobody can go on any more from what was saved since all was well."""
+        good, bad = self._watching.own if self._watching is not None else (decision.good, self._step)
+        heard = [json.loads(text) for text in self._group.gather(json.dumps((min(good, decision.good), bad)))]
+        good, bad = (min(column) for column in zip(*heard, strict=True))
+        found = self._given_up(decision.wrong, good, bad) if self.is_main else {}
+        found = json.loads(self._group.share(json.dumps(found)))
+        return Diverged(decision.wrong, self._step, good, found)
+
+    def _given_up(self, why: str, good: int, bad: int) -> dict[str, Any]:
+        """On rank 0, where no rank vouches for more than step `good` and one has seen it at step `bad`: what another
+        attempt needs to know; nothing if there shall be none that goes back."""
+        self._checkpoints.await_own(_SETTLE)
+        self._hear_of_saves()
+        try:
+            newest = self._checkpoints.spoil(good, f"{why} (step {self._step})")
+        except (OSError, CheckpointError) as error:
+            message = f"the storage could not be told that checkpoints after step {good} are no good: {error}"
+            self.event("checkpoints-not-marked", message, level="error")
+            return {}
+        if self._wrong is None or self._watching is None or not self._wrong.is_rollback:
+            return {}
+        loader = self._ordered_loader()
+        pass_size = loader.pass_size if loader is not None else None
+        batches = between(*self._watching.window(self._wrong, good, bad), pass_size) if pass_size else []
+        to = newest.step if newest is not None and self._state is not None and self._resume else None
+        return {"rollback": {"to": to, "batches": batches, "until": self._step}}
+
+    def _where(self) -> tuple[int, Place]:
+        """The step, and the place in the data."""
+        loader = self._ordered_loader()
+        if loader is None:
+            return self._step, ()
+        position = loader.state_dict()
+        return self._step, (position["epoch"], position["passes"], position["used"])
+
+    def _ordered_loader(self) -> ShardedLoader | None:
+        """The one that is trained on, if the order of its samples is ours to say."""
+        loader = self._state.loader if self._state is not None else None
+        return loader if isinstance(loader, ShardedLoader) and loader.pass_size is not None else None
+
+    def _do_otherwise(self, *, applied: float) -> None:
+        """Since the training went wrong: leaves samples out, and lowers the learning rates, by what of the factor is
+        not `applied` in them yet."""
+        if (loader := self._ordered_loader()) is not None and self._left_out:
+            loader.leave_out(self._left_out)
+        if self._lr_factor != applied:
+            rates.cut(self._lr_factor / applied, *self._trains)
+        if not self._rollback or not self.is_main:
+            return
+        self.event("rolled-back", f"goes on {_otherwise(self._left_out, self._lr_factor)}", **self._rollback)
 
     def _tell_finding(self, finding: Finding) -> None:
         self.event("guard", finding.what, level="warning", rule=finding.rule.value, key=finding.key)
@@ -839,23 +970,29 @@ class Run:
     ) -> CheckpointInfo | None:
         started = time.monotonic()
         loader_state = state.loader_state()
-        info = self._checkpoints.save(
-            state,
-            step=self._step,
-            epoch=self._epoch,
-            epoch_complete=self._epoch_complete(),
-            metrics=metrics,
-            is_best=is_best,
-            reasons=reasons,
-            progress=self._progress(),
-            rank_state={"generators": seeds.capture(), "loader": loader_state},
-            data=_json(loader_state) if isinstance(state.loader, ShardedLoader) else {},
-            must=must,
-            waits=waits,
-            weights_only=weights_only,
-            full=FULL in reasons,
-            announced=announced,
-        )
+        try:
+            info = self._checkpoints.save(
+                state,
+                step=self._step,
+                epoch=self._epoch,
+                epoch_complete=self._epoch_complete(),
+                metrics=metrics,
+                is_best=is_best,
+                reasons=reasons,
+                progress=self._progress(),
+                rank_state={"generators": seeds.capture(), "loader": loader_state},
+                data=_json(loader_state) if isinstance(state.loader, ShardedLoader) else {},
+                must=must,
+                waits=waits,
+                weights_only=weights_only,
+                full=FULL in reasons,
+                announced=announced,
+            )
+        except SaveFailed as error:
+            self._heard(error)
+            raise
+        if info is not None and info.state is CheckpointState.committed:
+            self._heard()
         if info is not None and not weights_only:
             self._saved = self._moment({})
             if info.state is CheckpointState.staged:
@@ -892,16 +1029,34 @@ class Run:
                 self._saved = self._durable
             elif moment is not None:
                 self._durable = moment
+            self._heard(ended.why)
+        if self._storage_watch is not None:
+            self._storage_watch.look()
+
+    def _heard(self, why: object = "") -> None:
+        """How a save ended; '': well."""
+        if self._storage_watch is not None:
+            self._storage_watch.failed(why) if why else self._storage_watch.succeeded()
+
+    def _tell_news(self, news: News) -> None:
+        self.event(news.kind, news.message, level=news.level, **news.details())
 
     def _continue_from(self, stored: Stored, state: TrainState) -> None:
         manifest = stored.manifest
         self._step, self._epoch = manifest.step, manifest.epoch
         self._first_epoch = manifest.epoch + manifest.epoch_complete
         # What stands in micro-batches of then is meant in those of now.
-        done = stored.progress["micro_batch"] * self._divided / stored.progress.get("splits", 1)
+        done = stored.progress["micro_batch"] * self._divided * self._shares / stored.progress.get("splits", 1)
         self._micro_batch, self._logged = int(done), stored.progress["logged"]
         self._best = None if stored.progress["best"] is None else float(stored.progress["best"])
         why = self._why_relaxed(stored)
+        applied = 1.0
+        if not is_clone(manifest):
+            applied = float(stored.progress.get("lr_factor", 1.0))
+            self._lr_factor = min(self._lr_factor, applied)
+            self._left_out |= frozenset(map(_left_out, stored.progress.get("left_out", ())))
+        if self._left_out or self._lr_factor != 1:
+            why.append(_otherwise(self._left_out, self._lr_factor))
         same_world = manifest.world_size == self.world_size
         if stored.rank["loader"] is not None and hasattr(state.loader, "load_state_dict"):
             if same_world or isinstance(state.loader, ShardedLoader):
@@ -921,6 +1076,7 @@ class Run:
         if self._judge is not None and (judged := stored.progress.get("judge")) is not None:
             self._verdict = self._judge.restore(judged, is_clone=is_clone(manifest))
             self._ended_in_epochs = bool(judged["uses_epochs"])
+        self._do_otherwise(applied=applied)
         if self.is_main:
             where = f"continues from {manifest.name}: step {manifest.step}, epoch {self._first_epoch}"
             exact = "bit for bit" if not why else "relaxed: " + "; ".join(why)
@@ -989,6 +1145,20 @@ class _Diary:
 
     def event(self, kind: str, message: str, *, level: str, **details: Any) -> None:
         self._run.event(kind, message, level=level, **details)
+
+
+def _left_out(told: Sequence[int]) -> LeftOut:
+    epoch, passes, first, last = told
+    return epoch, passes, first, last
+
+
+def _otherwise(left_out: Collection[LeftOut], lr_factor: float) -> str:
+    """In words, what is done otherwise since a training went wrong."""
+    samples = sum(last - first for _, _, first, last in left_out)
+    epochs = ", ".join(str(epoch) for epoch in sorted({each[0] for each in left_out}))
+    without = f"without {samples:,} samples of epoch {epochs}" if samples else ""
+    slower = f"with {lr_factor:g} of the learning rate" if lr_factor != 1 else ""
+    return " and ".join(filter(None, [without, slower])) or "with nothing else"
 
 
 @contextmanager

@@ -24,9 +24,9 @@ class LocalStack:
     store: Store
 
     @classmethod
-    def make(cls, database_url: str) -> LocalStack:
+    def make(cls, database_url: str, **settings: Any) -> LocalStack:
         home = Path(tempfile.mkdtemp(prefix="orct-"))  # short: a socket lives in it
-        Stack(home=str(home), database_url=database_url, storage_url=str(home / "runs")).save()
+        Stack(home=str(home), database_url=database_url, storage_url=str(home / "runs"), **settings).save()
         return cls(home, Store(database_url))
 
     def remove(self) -> None:

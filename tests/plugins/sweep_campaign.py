@@ -93,6 +93,7 @@ class Campaign:
             f"epochs={int(MILESTONES[-1])}", f"pause={self.pause}", f"journal={self._journal(sweep)}",
             f"sweep.samples={self.trials}", "sweep.scheduler=asha", f"sweep.concurrency={lanes}",
             "sweep.objective=[loss:min]", "sweep.restarts=20", "resources.workers=2", "resources.cpus_per_worker=0.5",
+            "failures.max_repeats=0",
         )  # fmt: skip
         self._until(lambda: self._jobs_begun(sweep) > 0, process, "the first trial begins")
         return sweep, process
@@ -183,13 +184,7 @@ class Campaign:
     # -- what is compared
 
     def table(self, sweep: str) -> Table:
-        return [
-            (
-                row.number, json.dumps(row.values, sort_keys=True), row.status, row.rung, row.resource, repr(row.score),
-                row.n, json.dumps(row.scores, sort_keys=True),
-            )
-            for row in self.store.sweep_trials(sweep)
-        ]  # fmt: skip
+        return table_of(self.store, sweep)
 
     def _judge(self, sweep: str, expected: Table | None) -> None:
         found = self.table(sweep)
@@ -249,6 +244,17 @@ class Campaign:
             out, err = process.communicate()
             raise AssertionError(f"a driver has not ended within {LONGEST} s\n{out}\n{err}") from None
         return f"{out}\n{err}"
+
+
+def table_of(store: Store, sweep: str) -> Table:
+    """What a sweep came to, to the last bit of every score."""
+    return [
+        (
+            row.number, json.dumps(row.values, sort_keys=True), row.status, row.rung, row.resource, repr(row.score),
+            row.n, json.dumps(row.scores, sort_keys=True),
+        )
+        for row in store.sweep_trials(sweep)
+    ]  # fmt: skip
 
 
 def _title(process: psutil.Process) -> str:

@@ -1,9 +1,10 @@
 """A cluster of several nodes, each a raylet with a loopback address of its own: one job over two of them, one of which
-is lost. Takes about a minute and a half.
+is lost, or stands still. Takes about three minutes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.plugins.runs import Orc, wait_until
 
 @dataclass(frozen=True)
 class Nodes:
-    """Two nodes of two CPUs, a head of none, and our stack on them: somebody else's cluster, for `orc up`."""
+    """Two nodes of a few CPUs, a head of none, and our stack on them: somebody else's cluster, for `orc up`."""
 
     nodes: RayNodes
     first: RayNode
@@ -43,17 +44,23 @@ class Nodes:
         return [name for name, state in states.items() if state == "ALIVE"]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Nodes]:
+@contextlib.contextmanager
+def cluster_of(cpus: int = 2) -> Iterator[Nodes]:
     directory = Path(tempfile.mkdtemp(prefix="orct-"))
     directory.chmod(0o711)
     with RayNodes(directory) as nodes, OwnStack() as own:
         own.environment |= nodes.environment
-        first, second = nodes.add("127.0.0.3"), nodes.add("127.0.0.4")
+        first, second = nodes.add("127.0.0.3", cpus), nodes.add("127.0.0.4", cpus)
         own.orc("up", f"ray.address={nodes.address}", "mlflow.enabled=false")
         nodes.remove_at_end(Path(Orc(own).stack.slab_directory))
         yield Nodes(nodes, first, second, Orc(own))
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    with cluster_of() as nodes:
+        yield nodes
 
 
 def test_every_node_has_an_agent_and_a_writer_also_one_that_joins_later_and_none_when_it_is_gone(
@@ -64,6 +71,34 @@ def test_every_node_has_an_agent_and_a_writer_also_one_that_joins_later_and_none
     wait_until(lambda: late.id[:12] in cluster.agents(), 30, "an agent and a writer on the node that joined")
     assert late.kill()
     wait_until(lambda: late.id[:12] not in cluster.anyone(), 30, "neither of them where there is no node")
+
+
+def test_a_worker_that_is_stopped_and_one_that_comes_late_are_told_from_the_outside(cluster: Nodes) -> None:
+    """Ray itself would wait ten minutes for the first one."""
+    orc, store = cluster.orc, cluster.orc.store()
+    orc(
+        "run", "train=stands:train", "ways=stop-late", "at=15", "steps=50", "run.name=stands",
+        "checkpoints.every_steps=10", "resources.placement=spread", "failures.max_restarts=2", "failures.backoff=0.1",
+        "failures.hang.least=12", "failures.hang.times=3", "failures.collective_timeout=30", timeout=400,
+    )  # fmt: skip
+    run = store.run(store.runs(search="stands")[0].run)
+    stopped, late, last = store.attempts(run.run)
+    assert [each.status.value for each in (stopped, late, last)] == ["FAILED", "FAILED", "FINISHED"]
+    assert stopped.error is not None
+    assert (stopped.error["kind"], stopped.error["rank"]) == ("hang", 1)
+    assert "does not answer: it is stopped (SIGSTOP)" in stopped.error["hint"]
+    waits, silent = (Path(file).read_text() for file in stopped.error["stacks"])
+    assert "distributed_c10d.py" in waits, "it waits for the other one"
+    assert "It does not answer: it is stopped (SIGSTOP)." in silent
+    hang = next(event for event in store.events(run.run) if event.kind == "hang")
+    begins = next(each.at for each in store.events(run.run) if each.attempt == 2)
+    assert begins - hang.at < 60, "its group was ended, not waited for"
+    assert late.error is not None
+    assert late.error["kind"] == "collective_timeout"
+    assert late.error["network"].startswith("All 2 nodes reach each other now, the slowest in ")
+    assert late.error["network"] in late.error["hint"]
+    steps = store.points(run.run, "loss", rank=1)
+    assert min(steps.steps[steps.attempts == 2]) > 10, "from the checkpoint"
 
 
 def test_a_run_survives_the_loss_of_one_of_its_two_nodes(cluster: Nodes, tmp_path: Path) -> None:

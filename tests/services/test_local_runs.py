@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import orchestrator
 from orchestrator.errors import ConfigError
@@ -17,6 +19,7 @@ from orchestrator.execution.script import RunIsOpen
 from orchestrator.records import RunSpec, RunStatus
 from orchestrator.store.views import RunDetail
 from orchestrator.tracking.logger import Logger
+from orchestrator.training.run import RunStopped
 from tests.plugins.local_stack import LocalStack
 from tests.plugins.runs import PROJECT, wait_until
 
@@ -192,6 +195,22 @@ def test_a_block_ends_early_where_it_was_told_to(local: LocalStack) -> None:
     assert (local.store.run(run.id).status, local.points(run.id, "loss")[-1]) == (RunStatus.finished, 0.25)
     with pytest.raises(ConfigError, match="patience"), orchestrator.start_run(stopping={"patienze": 2}):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_script_that_is_told_to_go_saves_at_its_next_report(local: LocalStack, number: signal.Signals) -> None:
+    with contextlib.suppress(RunStopped), orchestrator.start_run(experiment="script", home=local.home) as run:
+        state = run.state(model=torch.nn.Linear(2, 2))
+        for step in range(5):
+            run.log({"loss": 1.0 / (step + 1)})
+        os.kill(os.getpid(), number)
+        run.report({"val/loss": 0.5}, state=state)
+        raise AssertionError("it goes on")
+    found = local.store.run(run.id)
+    assert (found.status, found.reason) == (RunStatus.cancelled, f"stopped by {number.name}")
+    assert [(each.step, "stop" in each.reasons) for each in local.store.checkpoints(run.id)] == [(5, True)]
+    assert len(local.points(run.id, "loss")) == 5
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_what_goes_wrong_at_the_start_leaves_no_run_that_goes_on(

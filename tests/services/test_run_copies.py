@@ -177,6 +177,7 @@ def test_a_run_that_goes_on_is_written_once_a_minute_and_at_its_end_at_once(stor
 def test_a_storage_that_fails_is_warned_of_once_and_caught_up(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     broken, fine = (whole_run(store, tmp_path / name)[0] for name in ("broken", "fine"))
     clock, is_broken = Clock(), True
 

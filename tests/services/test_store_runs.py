@@ -254,3 +254,24 @@ def test_ping_tells_version_and_latency(store: Store) -> None:
     version, seconds = store.ping()
     assert int(version.split(".")[0]) >= 15
     assert 0 < seconds < 10
+
+
+def test_the_next_attempt_hears_how_those_before_it_failed(store: Store, experiment: str) -> None:
+    ticket = store.open_attempt(RunSpec(experiment=experiment), now=NOW, lease_seconds=30)
+    assert ticket.earlier == ()
+    error = {"kind": "storage", "what": "x" * 2000, "traceback": "long", "hint": "h", "log": "l", "step": 3}
+    decision = {"action": "restart", "changes": {"splits": 2}}
+    told = (
+        (RunStatus.failed, {**error, "decision": decision}), (RunStatus.crashed, None), (RunStatus.cancelled, error),
+        (RunStatus.finished, None), (RunStatus.crashed, {"kind": "node_lost"}),
+    )  # fmt: skip
+    for attempt, (status, what) in enumerate(told, 1):
+        store.transition(ticket.run, attempt, status, error=what, now=NOW)
+        ticket = store.open_attempt(RunSpec(experiment=experiment, run=ticket.run), now=NOW, lease_seconds=30)
+    first, finished, last = ticket.earlier
+    assert first == {
+        "attempt": 1, "status": "FAILED",
+        "error": {"kind": "storage", "what": "x" * 1000, "step": 3, "decision": decision},
+    }  # fmt: skip
+    assert (finished["status"], finished["error"]) == ("FINISHED", {})
+    assert (last["attempt"], last["error"]) == (5, {"kind": "node_lost"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_bad_trials_fail_alone_and_a_sweep_of_nothing_else_says_why(local: Local
     sweep = "20261122-000000-00000004"
     words = (
         *("train=searched:bad", "resources.workers=1", "kind=raises,exits,hangs", "sweep.objective=[loss:min]"),
-        *("sweep.hang=10", "sweep.concurrency=2", "--run-id", sweep),
+        *("sweep.hang=10", "sweep.restarts=0", "sweep.concurrency=2", "--run-id", sweep),
     )
     out, err = local.run(*ORC, "sweep", "--local", *words, cwd=PROJECT, code=1, timeout=180)
     assert "all 3 trials failed" in out + err
@@ -106,6 +107,7 @@ def test_bad_trials_fail_alone_and_a_sweep_of_nothing_else_says_why(local: Local
     assert [trial.status for trial in trials] == ["failed"] * 3
     for trial, why in zip(trials, ("cannot be trained", "exit code 3", "no progress for 10 seconds"), strict=True):
         assert why in trial.reason
+    assert re.search(r"Rank 0 .* is in \w+ at \S+searched\.py:\d+", trials[2].reason)
 
 
 def test_a_sweep_is_steered_while_it_runs_and_extended_afterwards(

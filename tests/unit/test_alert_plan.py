@@ -40,6 +40,19 @@ def test_a_notifier_is_a_name_an_address_or_options() -> None:
     assert found["all"] == ["log"]
 
 
+def test_administrators_are_told_of_services_that_are_away() -> None:
+    found = plan({"administrators": ["log", {"webhook": URL}]})
+    assert found["rules"] == {"degraded": {"event": "degraded", "until": "recovered", "notify": ["log", "webhook"]}}
+    assert found["channels"]["webhook"]["options"]["url"] == URL
+    assert "degraded" in {rule.name for rule in parse_rules({})}
+    assert "degraded" not in {rule.name for rule in parse_rules(plan({"rules": {"degraded": False}})["rules"])}
+    with pytest.raises(ConfigError, match=r"alerts\.administrators\[0\]"):
+        plan({"administrators": ["nobody"]})
+    job = compose([f"alerts.administrators=[{{webhook: '{URL}'}}]"], needs_train=False)
+    assert URL not in json.dumps(job.resolved)
+    assert URL in job.secrets
+
+
 def test_recipients_may_be_one_text() -> None:
     found = plan({"email": {"host": "mail"}}, [{"email": "a@x.org, b@x.org"}])
     assert found["channels"]["email"]["options"]["to"] == ["a@x.org", "b@x.org"]

@@ -121,6 +121,7 @@ def test_a_dry_run_starts_nothing_and_refuses_what_could_never_run(
         (["sweep.searcher=rndom"], "random"),
         (["sweep.scheduler=ashaa"], "asha"),
         (["sweep.budget.kwh=1"], "measures no energy"),
+        (["resources.workers={min: 1, max: 2}"], "resources.min_workers"),
     ):
         assert main.main([*words, *wrong]) == 2, wrong
         assert named in capsys.readouterr().err

@@ -138,6 +138,19 @@ def test_integrations_take_auto_true_false(given: str, expected: Enabled) -> Non
     assert compose([FREE, f"mlflow.enabled={given}"]).settings.mlflow.enabled is expected
 
 
+def test_a_span_of_workers_is_another_way_to_write_an_elastic_run() -> None:
+    plain = compose([FREE, "resources.workers=4"])
+    for words in (["resources.workers={min: 1, max: 4}"], ["resources={workers: {min: 1, max: 4}}"]):
+        job = compose([FREE, *words])
+        assert (job.settings.resources.workers, job.settings.resources.min_workers) == (4, 1)
+        assert (job.resolved["resources"]["workers"], job.hash) == (4, plain.hash), "the same work"
+    again = compose([], base=job.resolved)
+    assert (again.settings.resources.min_workers, again.hash) == (1, plain.hash)
+    assert compose([FREE, "elastic.batch=global"]).hash != compose([FREE]).hash
+    assert "min: 1, max: 4" in refused(FREE, "resources.workers={min: 1}").hint
+    assert refused(FREE, "resources.workers={min: 5, max: 4}").key == "resources.min_workers"
+
+
 def test_tags_take_any_name() -> None:
     job = compose([FREE, "run.tags.team=vision", "run.tags={year: 2030}", "+run.tags.x=y"])
     assert job.settings.run.tags == {"team": "vision", "year": "2030", "x": "y"}
@@ -407,6 +420,13 @@ def test_stored_configuration_is_the_same_work_again() -> None:
         Change(key="epochs", old=ABSENT, new=3),
         Change(key="optim.lr", old=0.1, new=0.2),
     ]
+
+
+def test_a_section_within_a_section_is_taken_over_and_limits_are_no_work() -> None:
+    limited = compose([FREE, "resources.limits.hours=2", "failures.hang.least=7"])
+    again = compose([], base=limited.resolved)
+    assert (again.settings.resources.limits.hours, again.settings.failures.hang.least) == (2.0, 7.0)
+    assert again.hash == limited.hash == compose([FREE]).hash
 
 
 def test_group_on_the_command_line_replaces_that_group_of_the_base() -> None:

@@ -75,3 +75,13 @@ def test_parts_that_only_exist_apart_are_refused() -> None:
 def test_empty_cluster_is_refused() -> None:
     with pytest.raises(ConfigError, match="no nodes"):
         check_resources(asks(), ClusterCapacity(nodes=()))
+
+
+def test_of_an_elastic_run_the_least_must_fit() -> None:
+    check_resources(asks(workers=40, min_workers=8), TWO_NODES)
+    with pytest.raises(ConfigError) as caught:
+        check_resources(asks(workers=40, min_workers=9), TWO_NODES)
+    assert (caught.value.key, caught.value.value) == ("resources.min_workers", 9)
+    assert "resources.min_workers=8" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"resources\.min_workers=2"):
+        asks(workers=2, min_workers=3)

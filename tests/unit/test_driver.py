@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.config import Job, Settings
+from orchestrator.config import Job, ResourcesConfig, Settings
 from orchestrator.errors import ConfigError, RunIsActive, ServiceUnavailable
-from orchestrator.execution import driver
-from orchestrator.execution.worker import DONE, Plan, Returned
+from orchestrator.execution import driver, moving
+from orchestrator.execution.place import Notice
+from orchestrator.execution.sizing import Room
+from orchestrator.execution.worker import DONE, STOPPED, Plan, Returned
 from orchestrator.failures.classify import Evidence, RanksFailed
 from orchestrator.provenance.record import Recorded
 from orchestrator.records import Ack, Batch, FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
 from orchestrator.tracking.shipper import Shipper
+from tests.plugins.runs import wait_until
 
 KILLED = Evidence(rank=1, type="ActorDiedError", message="the worker process has died")
 SECRET = "canary-1234"
@@ -36,9 +40,17 @@ class Place:
         self.answers: list[Exception | None] = []
         self.specs: list[RunSpec] = []
         self.fitted = self.attempts = 0
-        self.is_cancelled = False
+        self.is_cancelled = self.is_asked = False
         self.plans: list[Plan] = []
         self.metrics: dict[str, float] = {}
+        self.free = 99
+        """How many workers there is room for."""
+        self.workers: list[int] = []
+        """With how many each attempt was begun."""
+        self.earlier: tuple[Mapping[str, Any], ...] = ()
+        self.circuits: list[dict[str, Any]] = []
+        self.told_to_leave: Notice | None = None
+        self.halted: set[int] = set()
 
     def check(self, settings: Settings) -> None: ...
     def resources(self) -> Mapping[str, Any]:
@@ -47,10 +59,32 @@ class Place:
     def waits_for(self) -> str:
         return ""
 
+    def room(self, wanted: ResourcesConfig, avoid: Collection[str] = ()) -> Room:
+        self.avoided = tuple(avoid)
+        return Room(workers=min(self.free, wanted.workers), without=tuple(avoid))
+
+    def notice(self) -> Notice | None:
+        return self.told_to_leave
+
+    def halt(self, run: str, attempt: int) -> None:
+        self.halted.add(attempt)
+
+    def moved(self) -> Returned:
+        """The end of an attempt whose ranks do as they are asked."""
+        wait_until(lambda: self.attempts in self.halted, 10, "the ranks are asked to save and return")
+        self.told_to_leave = None
+        return Returned(how=STOPPED)
+
+    is_watched = False
+
+    def network(self) -> str:
+        return ""
+
     def close(self) -> None: ...
     def fit(self, plan: Plan, settings: Settings) -> Returned:
         self.fitted += 1
         self.plans.append(plan)
+        self.workers.append(settings.resources.workers)
         return self.ends.pop(0)()
 
     # -- the tracker
@@ -64,15 +98,20 @@ class Place:
             raise problem
         self.attempts += 1
         directory = str(self.directory / "run")
-        return RunTicket(run="r1", name="n", experiment="e", attempt=self.attempts, directory=directory)
+        return RunTicket(
+            run="r1", name="n", experiment="e", attempt=self.attempts, directory=directory, earlier=self.earlier
+        )  # fmt: skip
 
     def heartbeat(self, run: str, attempt: int) -> bool:
         return self.is_cancelled
 
-    def cancel(self, run: str, user: str = "") -> None: ...
+    def cancel(self, run: str, user: str = "") -> None:
+        self.is_asked = True
+
     def live(self, run: str) -> dict[str, Any]:
         metrics = {key: {"value": value} for key, value in self.metrics.items()}
-        return {"step": 0, "metrics": metrics, "rate": 0.0} if metrics else {}
+        is_known = metrics or self.circuits
+        return {"step": 0, "metrics": metrics, "rate": 0.0, "circuits": self.circuits} if is_known else {}
 
     # -- the agent's tracker: what the driver told
 
@@ -116,14 +155,36 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 def trained(
-    place: Place, *, restarts: int = 0, limits: dict[str, int] | None = None, progress: Any = None
+    place: Place, *, restarts: int = 0, limits: dict[str, int] | None = None, progress: Any = None, function: str = ""
 ) -> driver.Outcome:
     settings = Settings()
     settings.failures.max_restarts = restarts
     settings.failures.limits = limits or {}
+    settings.failures.function = function
     settings.tracking.heartbeat = 0.01
     job = Job(train="m:f", hash="h", settings=settings, user={}, resolved={}, sources=[], secrets=(SECRET,))
     return driver.train(job, progress=progress, open_place=lambda stack: place)
+
+
+def test_services_that_are_away_are_told_once_per_outage_whatever_becomes_of_the_attempts(place: Place) -> None:
+    now = driver.time.time()
+    away = {"name": "redis", "by": "tracker", "state": "open", "began": now - 9, "failures": 2, "error": "gone"}
+    copies = {**away, "name": "directory"}
+
+    def with_circuits(*states: Mapping[str, Any], end: Callable[[], Returned]) -> Callable[[], Returned]:
+        def ending() -> Returned:
+            place.circuits = [dict(state) for state in states]
+            return end()
+
+        return ending
+
+    back = {**away, "state": "closed", "ended": now + 1}
+    states = ((away, copies), killed), ((away,), lost), ((back,), done)
+    place.ends = [with_circuits(*told, end=end) for told, end in states]
+    assert trained(place, restarts=2).status is RunStatus.finished
+    (degraded,), (recovered,) = place.events("degraded"), place.events("recovered")
+    assert (degraded["level"], degraded["details"]) == ("warning", {"service": "redis", "error": "gone"})
+    assert (recovered["level"], recovered["details"]["seconds"]) == ("info", 10.0)
 
 
 LOST = Evidence(rank=0, type="NodeDiedError", message="the node died", host="n1", step=3)
@@ -287,3 +348,165 @@ def test_a_driver_that_cannot_end_its_attempt_renews_no_lease(place: Place, monk
         if thread.name == "heartbeat":
             thread.join(timeout=10)
             assert not thread.is_alive()
+
+
+def elastic(place: Place, workers: int, least: int, **settings: Any) -> driver.Outcome:
+    given = Settings(resources=ResourcesConfig(workers=workers, min_workers=least))
+    given.elastic.look = given.elastic.every = 0.0
+    given.tracking.heartbeat = 0.01
+    for key, value in settings.items():
+        setattr(given.failures, key, value)
+    job = Job(train="m:f", hash="h", settings=given, user={}, resolved={}, sources=[])
+    return driver.train(job, open_place=lambda stack: place)
+
+
+def test_after_a_lost_node_an_elastic_run_goes_on_with_the_workers_that_there_is_room_for(place: Place) -> None:
+    def lost_one() -> Returned:
+        place.free = 3
+        return lost()
+
+    def lost_more() -> Returned:
+        place.free = 1
+        return lost()
+
+    place.ends = [lost_one, lost_more, done]
+    assert elastic(place, 4, 2).status is RunStatus.finished
+    assert place.workers == [4, 3, 2], "with less room than for two it waits for two"
+    assert [spec.workers for spec in place.specs] == [4, 3, 2], "the record knows with how many each attempt was"
+    first, second = sorted(place.ended(), key=lambda told: told["error"]["done"].partition("(")[2])
+    assert "with the workers that there is room for: 3" in first["error"]["done"]
+    assert first["error"]["decision"]["changes"] == {"workers": 3}
+    assert "room for" not in second["error"]["done"]
+    assert sorted(told["details"]["workers"] for told in place.events("elastic")) == [2, 3]
+
+
+def test_nodes_that_are_taken_away_are_left_after_saving_and_nobody_counts_that(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "PAUSE", 0.01)
+    place.told_to_leave = Notice(why="n1 is taken away in 30 s", nodes=("n1",))
+    place.ends = [place.moved, done]
+    outcome = trained(place)
+    assert (outcome.status, place.fitted, place.halted) == (RunStatus.finished, 2, {1})
+    (told,) = place.ended()
+    assert (told["status"], told["reason"]) == ("CRASHED", "moved: n1 is taken away in 30 s")
+    assert (told["error"]["kind"], told["restarts"]) == ("preemption", True)
+    assert told["error"]["decision"]["budget"] == "failures.max_preemptions"
+    assert not place.events("failure"), "nothing has failed"
+
+
+def test_a_run_that_is_smaller_than_it_wants_grows_when_there_is_room(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "PAUSE", 0.01)
+    place.metrics, place.free = {"loss": 1.0}, 1
+
+    def grows() -> Returned:
+        place.free = 2
+        return place.moved()
+
+    place.ends = [grows, done]
+    assert elastic(place, 2, 1, max_restarts=0).status is RunStatus.finished
+    assert place.workers == [1, 2]
+    (told,) = place.ended()
+    assert told["error"]["kind"] == "resize"
+    assert told["error"]["done"] == "goes on with more workers: there is room for 2 of 2 workers now, instead of 1"
+
+
+def test_who_cancels_a_run_that_moves_has_the_last_word(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "PAUSE", 0.01)
+    place.told_to_leave = Notice(why="n1 is taken away")
+
+    def cancelled() -> Returned:
+        place.moved()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Returned(how=STOPPED)
+
+    place.ends = [cancelled, done]
+    assert (trained(place).status, place.fitted) == (RunStatus.cancelled, 1)
+
+
+def test_nodes_to_avoid_reach_the_place(place: Place) -> None:
+    def on_a_bad_node() -> Returned:
+        raise RanksFailed([Evidence(rank=1, type="ActorDiedError", message="the worker process has died", node="bad")])
+
+    place.ends = [on_a_bad_node, on_a_bad_node, done]
+    assert trained(place, restarts=-1).status is RunStatus.finished
+    assert [plan.without for plan in place.plans] == [(), (), ("bad",)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_each_signal_that_asks_to_stop_ends_the_run_with_its_name(place: Place, number: signal.Signals) -> None:
+    def stopped() -> Returned:
+        os.kill(os.getpid(), number)
+        wait_until(lambda: place.is_asked, 10, "the ranks are asked to stop")
+        return Returned(how=STOPPED)
+
+    place.ends = [stopped, done]
+    outcome = trained(place, restarts=-1)
+    assert (outcome.status, outcome.reason) == (RunStatus.cancelled, f"stopped by {number.name}")
+    assert place.fitted == 1
+
+
+def test_who_is_asked_to_stop_on_a_node_that_goes_has_until_then_at_most(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "PAUSE", 0.01)
+    place.told_to_leave = Notice(why="n1 is taken away", deadline=time.time() + 0.5)
+
+    def silent() -> Returned:
+        wait_until(lambda: place.halted, 10, "the ranks are asked to save and return")
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: False, 10, "no report comes")
+        return done()
+
+    place.ends = [silent]
+    outcome = trained(place)
+    assert (outcome.status, "grace time" in outcome.reason) == (RunStatus.cancelled, True)
+    assert outcome.elapsed < 9, "failures.grace is 20 s"
+
+
+def hung() -> Returned:
+    raise RanksFailed([Evidence(rank=1, type="Hang", message="no progress", node="node-b", step=7, kind="hang")])
+
+
+def test_a_driver_goes_on_with_what_failed_before_it(place: Place) -> None:
+    place.ends = [hung, done]
+    assert trained(place, restarts=2).status is RunStatus.finished
+    (told,) = place.ended()
+    assert told["error"]["decision"]["action"] == "restart"
+    before = {"attempt": 1, "status": "FAILED", "error": {**told["error"], "what": "another one", "step": 6}}
+    full = {"action": "halve", "changes": {"splits": 4}}
+    halved = {"attempt": 2, "status": "FAILED", "error": {"kind": "device_out_of_memory", "decision": full}}
+
+    place.earlier, place.ends, place.plans = (before, halved), [hung, hung, done], []
+    outcome = trained(place, restarts=2)
+    assert (outcome.status, [plan.splits for plan in place.plans]) == (RunStatus.failed, [4, 4])
+    assert [plan.ticket.earlier for plan in place.plans] == [(), ()], "no rank needs it"
+    done_of = {each["error"]["done"]: each["error"]["decision"]["changes"] for each in place.ended()}
+    (again,) = (changes for words, changes in done_of.items() if "restart 2 of 2: failures.max_restarts" in words)
+    assert again == {"avoid": ["node-b"]}, "for the second time there"
+    assert "at step 7 twice" in outcome.error["done"]
+
+
+def test_the_users_function_is_asked_before_a_decision_is_carried_out(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asked_of_failures.py").write_text(
+        "def of(failure, decision):\n"
+        "    if failure['attempt'] == 1:\n"
+        "        raise ValueError('canary-1234 is no answer')\n"
+        "    return 'stop' if decision['action'] == 'restart' and failure['node'] == 'node-b' else None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    place.ends = [lost, lost, hung, done]
+    outcome = trained(place, restarts=9, function="asked_of_failures:of")
+    assert (outcome.status, place.fitted) == (RunStatus.failed, 3)
+    assert outcome.error["done"] == "not restarted: failures.function says so"
+    said = [told["message"] for told in place.events("policy")]
+    assert "failures.function was not followed: it raised ValueError: *** is no answer" in said
+    assert len(said) == 4
+    place.specs = []
+    with pytest.raises(ConfigError, match="has no function off"):
+        trained(place, function="asked_of_failures:off")
+    assert not place.specs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from orchestrator.failures.policy import (
     RESPONSES,
     Abilities,
     Action,
+    Course,
     Decision,
     Failure,
     Rules,
     decide,
     draw_of,
     fruitless,
+    recalled,
 )
 from orchestrator.records import RunStatus
 
@@ -205,3 +208,72 @@ def test_a_failure_is_read_from_what_is_stored() -> None:
     told = Failure.of(RunStatus.failed, error)
     assert told == Failure(status=RunStatus.failed, kind="hang", type="Ended", what="no progress", step=12)
     assert Failure.of(RunStatus.failed, {"message": "no kind"}).kind == "unknown"
+
+
+def test_a_pattern_of_the_users_goes_before_budgets_and_kinds() -> None:
+    stopped = follow(replace(failed("node_lost", 5), wish="stop"))
+    assert (stopped.is_restart, stopped.words) == (False, "not restarted: failures.patterns says so")
+    wanted = replace(failed("user_bug", 5), wish="restart")
+    assert follow(wanted, max_restarts=1).is_restart
+    assert "(failures.max_restarts) are used up" in follow(wanted, failed("hang", 2), max_restarts=1).words
+    assert follow(replace(failed("node_lost", 5), wish="restart")).budget == "failures.max_preemptions"
+    assert follow(replace(wanted, kind="storage", is_restart_useful=False), max_restarts=1).is_restart
+
+
+def test_a_node_on_which_a_machine_failed_again_is_avoided() -> None:
+    on = [replace(failed("worker_killed", 10), node="a", host="n1"), replace(failed("storage", 20), node="a")]
+    again = replace(failed("hang", 30), node="a", host="n1")
+    rules: dict[str, Any] = {"max_restarts": -1}
+    decision = follow(again, *on, **rules)
+    assert decision.changes == {"avoid": ["a"]}
+    assert decision.words.startswith("restarted from the newest checkpoint, not on n1 after ")
+    assert follow(failed("worker_killed", 40), *on, again, **rules).changes == {"avoid": ["a"]}, "also from then on"
+    assert follow(again, on[1], **rules).changes == {}, "storage says nothing of the node"
+    assert follow(again, *on, **rules, avoid_after=3).changes == {}
+    assert follow(again, *on, **rules, avoid_after=0).changes == {}
+    assert follow(replace(again, node=""), *on, **rules).changes == {}, "nobody knows where"
+    blamed = replace(failed("data_error", 5), node="b", wish="restart", avoids_node=True)
+    assert follow(blamed, max_restarts=1, avoid_after=0).changes == {"avoid": ["b"]}, "the user says so"
+
+
+def test_the_users_function_overrules_what_was_decided() -> None:
+    course = Course(rules=Rules(max_restarts=1), history=[failed("hang", 2)], draw=0.0)
+    over, bug = failed("hang", 5), failed("user_bug", 5)
+    used_up = course.decided(over)
+    assert not used_up.is_restart
+    restarted = course.overruled(used_up, Action.restart, over)
+    assert (restarted.action, restarted.after) == (Action.restart, 0.5)
+    assert "failures.function says so" in restarted.words
+    lost = course.decided(failed("node_lost", 5))
+    assert course.overruled(lost, Action.stop, failed("node_lost", 5)).words.endswith("failures.function says so")
+    assert course.overruled(lost, Action.restart, failed("node_lost", 5)) is lost
+    with pytest.raises(ValueError, match="what can: restart, stop"):
+        course.overruled(course.decided(bug), Action.halve, bug)
+    halved = course.overruled(course.decided(bug, EVERYTHING), Action.halve, bug, EVERYTHING)
+    assert halved.changes == {"splits": 8}
+
+
+def stored(failure: Failure, decision: Decision) -> dict[str, Any]:
+    return {"status": failure.status.value, "error": {**failure.to_json(), "decision": decision.to_json()}}
+
+
+def test_the_next_driver_goes_on_with_the_failures_and_changes_of_the_one_before() -> None:
+    full = replace(failed("device_out_of_memory", 3), node="a", is_restart_useful=False)
+    halved = follow(full, can=EVERYTHING, max_halvings=5)
+    lost = failed("node_lost", 9)
+    shrunk = follow(lost, full, can=EVERYTHING)
+    failures, changes = recalled([stored(full, halved), stored(lost, shrunk)])
+    assert (failures, changes) == ((full, lost), {"splits": 8, "workers": 3})
+    assert "restart 2 of 2: failures.max_halvings" in follow(full, *failures, can=EVERYTHING, max_halvings=2).words
+
+
+def test_after_a_stop_and_after_the_end_failures_count_anew_and_remedies_stay() -> None:
+    full, killed = failed("device_out_of_memory", 3), failed("worker_killed", 9)
+    halved = follow(full, can=EVERYTHING, max_halvings=5)
+    stopped = follow(killed, full, max_restarts=0)
+    shrunk = follow(failed("node_lost", 4), can=EVERYTHING)
+    before = [stored(full, halved), stored(failed("node_lost", 4), shrunk)]
+    assert recalled([*before, stored(killed, stopped)]) == ((), {"splits": 8})
+    assert recalled([*before, {"status": "FINISHED", "error": {}}]) == ((), {"splits": 8})
+    assert recalled([*before, stored(killed, stopped), *before[:1]]) == ((full,), {"splits": 8})
+    assert recalled([{"status": "FAILED", "error": {"type": "OSError"}}]) == ((), {}), "of an earlier version"

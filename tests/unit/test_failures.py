@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -151,10 +152,14 @@ def test_users_patterns_come_before_our_rules() -> None:
     ("entry", "key"),
     [
         ({"match": "(", "kind": "storage"}, "failures.patterns.0.match"),
-        ({"match": "a", "kind": "bad_luck"}, "failures.patterns.0.kind"),
+        ({"match": "a", "kind": "Bad luck"}, "failures.patterns.0.kind"),
+        ({"match": "a", "kind": "node_los"}, "failures.patterns.0.kind"),
         ({"match": "a", "kind": "unknown"}, "failures.patterns.0.kind"),
         ({"match": "a"}, "failures.patterns.0"),
-        ({"match": "a", "kind": "hang", "action": "stop"}, "failures.patterns.0"),
+        ({"match": "a", "avoid_node": False}, "failures.patterns.0"),
+        ({"match": "a", "avoid_node": "yes"}, "failures.patterns.0.avoid_node"),
+        ({"match": "a", "kind": "hang", "action": "halve"}, "failures.patterns.0.action"),
+        ({"match": "a", "kind": "hang", "do": "stop"}, "failures.patterns.0"),
         ("a", "failures.patterns.0"),
     ],
 )
@@ -172,8 +177,38 @@ def test_user_code_names_its_kind_of_failure() -> None:
     )
     finding = first_cause([evidence])
     assert (finding.kind, finding.what) == ("data_error", "shard 7 is empty")
-    with pytest.raises(ConfigError, match="no such kind"):
+    with pytest.raises(RunFailed) as raised:
         Run.fail(None, "bad_luck", "x")  # type: ignore[arg-type]
+    own = first_cause([replace(evidence, kind=raised.value.failure_kind)])
+    assert (own.kind, own.is_restart_useful, own.status) == ("bad_luck", False, RunStatus.failed)
+    with pytest.raises(ConfigError, match="Did you mean data_error"):
+        Run.fail(None, "data_eror", "x")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="small letters"):
+        Run.fail(None, "bad luck", "x")  # type: ignore[arg-type]
+
+
+def test_a_pattern_may_say_what_is_done_and_leave_the_kind_to_our_rules() -> None:
+    stop, elsewhere, mine = patterns_of(
+        [
+            {"match": "rack 7 is off", "action": "stop"},
+            {"match": "the cooling failed", "action": "restart", "avoid_node": True},
+            {"match": "licence", "kind": "no_licence"},
+        ]
+    )
+    patterns = (stop, elsewhere, mine)
+    lost = Evidence(rank=2, type="NodeDiedError", message="the node died: rack 7 is off", host="n2", node="abc")
+    told = first_cause([ECHO, lost], patterns=patterns)
+    assert (told.kind, told.wish, told.avoids_node, told.rank) == (FailureKind.node_lost, "stop", False, 2)
+    printed = replace(killed(1, -9, "one\nthe cooling failed in row 7"), node="def")
+    found = first_cause([printed], patterns=patterns).error()
+    assert (found["kind"], found["wish"], found["avoids_node"], found["node"]) == (
+        "worker_killed", "restart", True, "def",
+    )  # fmt: skip
+    own = first_cause([Evidence(rank=0, type="ValueError", message="no licence", traceback="File")], patterns=patterns)
+    assert (own.kind, own.is_restart_useful) == ("no_licence", False)
+    named = Evidence(rank=0, type="RunFailed", message="rack 7 is off", kind="storage")
+    assert first_cause([named], patterns=patterns).wish == "stop"
+    assert not {"wish", "avoids_node", "node"} & first_cause([ECHO]).error().keys()
 
 
 def test_a_rank_that_only_saw_another_fail_is_known_as_such() -> None:

@@ -22,6 +22,7 @@ from orchestrator.training.guards import (
     Finding,
     GuardRules,
     Guards,
+    Look,
     MemoryGrowth,
     Rule,
 )
@@ -107,11 +108,11 @@ def test_only_losses_are_watched_by_their_name_or_as_they_are_named() -> None:
 
 def test_norms_that_are_no_numbers_or_explode_are_findings() -> None:
     guards = Guards(GuardRules())
-    assert guards.reported({}, 1, norms=[1.0] * 12) == []
-    wrong = guards.reported({}, 2, norms=[math.inf, 5000.0, 5000.0, 5000.0])
+    assert guards.reported({}, 1, looks=[Look(1.0)] * 12) == []
+    wrong = guards.reported({}, 2, looks=list(map(Look, [math.inf, 5000.0, 5000.0, 5000.0])))
     assert [(each.rule, each.key) for each in wrong] == [(Rule.finite, "gradients"), (Rule.gradients, "gradients")]
     assert (guards.good, guards.reported({}, 3), guards.good) == (1, [], 1)
-    assert guards.reported({}, 4, norms=[1.0]) == []
+    assert guards.reported({}, 4, looks=[Look(1.0)]) == []
     assert guards.good == 4
 
 
@@ -121,7 +122,7 @@ def test_memory_is_looked_at_now_and_then_and_ends_nothing() -> None:
     clock = ManualClock()
     watching = Watching(Watch(warns=("memory",), every=0), told.append, lambda: next(sizes), clock)
     for step in range(40):
-        assert watching.reported({"loss": NAN}, step) == ""
+        assert watching.reported({"loss": NAN}, step) is None
         clock.advance(MEMORY_PAUSE / 2)
     assert [each.rule for each in told] == [Rule.memory]
     assert next(sizes, None) is None
@@ -139,7 +140,7 @@ def test_the_norm_of_all_gradients_is_taken_before_every_so_many_steps() -> None
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, float(factor))
         optimizer.step()
-    assert norms.take() == pytest.approx([factor * math.sqrt(8) for factor in (1, 4, 7)])
+    assert [each.norm for each in norms.take()] == pytest.approx([factor * math.sqrt(8) for factor in (1, 4, 7)])
     assert norms.take() == []
 
 
@@ -172,7 +173,7 @@ def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:
     optimizer = torch.optim.SGD([weight], lr=0.0)
     norms.watch(optimizer)
     optimizer.step()
-    assert norms.take() == pytest.approx([120000.0], rel=1e-3)
+    assert [each.norm for each in norms.take()] == pytest.approx([120000.0], rel=1e-3)
 
 
 # -- in a run

@@ -183,6 +183,16 @@ def test_of_each_key_the_lowest_rank_speaks_and_all_ranks_are_kept() -> None:
     assert sorted(rank for _, rank, *_ in change.values) == [1, 2, 3]
 
 
+def test_each_rank_tells_whether_it_gets_on_and_its_sampler_does_not() -> None:
+    live = LiveValues()
+    live.take(batch(("perf/step_time", 0.5), ("loss", 1.0), rank=1, step=7))
+    live.take(batch(("system/process/rss_bytes", 9.0), ("system/load", 1.0), rank=0, step=90))
+    assert live.of("r")["ranks"] == [
+        {"rank": 0, "step": 0, "time": 0.0, "values": {"system/process/rss_bytes": (1e9, 9.0)}},
+        {"rank": 1, "step": 8, "time": 1e9, "values": {"perf/step_time": (1e9, 0.5)}},
+    ]
+
+
 def test_what_an_old_attempt_left_does_not_replace_what_the_new_one_logs() -> None:
     live = LiveValues()
     live.take(batch(("loss", 1.0), step=90))

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.config import Enabled, Settings
 from orchestrator.errors import ConfigError, NotFound, UserError
-from orchestrator.execution.choice import is_local
+from orchestrator.execution.choice import _instead_of_ray, is_local
 from orchestrator.execution.local import plan_from_json, plan_to_json, share_of_gpus
 from orchestrator.execution.script import _plain
 from orchestrator.execution.worker import Plan
@@ -50,6 +50,23 @@ def test_ray_is_used_where_it_is(enabled: Enabled, stack: Stack | None, asked: b
 
 def test_who_names_a_cluster_wants_it() -> None:
     assert not is_local(settings(Enabled.auto, "10.0.0.1:6379"), None, asked=False, is_job=False)
+
+
+def test_where_ray_does_not_answer_this_host_stands_in_only_if_it_may() -> None:
+    said: list[str] = []
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        stack = Stack(home="/h", ray_address=f"127.0.0.1:{nobody.getsockname()[1]}")
+        may, wants = settings(Enabled.auto), settings(Enabled.true)
+        may.ray.fallback = wants.ray.fallback = True
+        assert _instead_of_ray(settings(Enabled.auto), stack, False, said.append) is None
+        assert _instead_of_ray(wants, stack, False, said.append) is None
+        assert _instead_of_ray(may, stack, True, said.append) is None
+        assert said == []
+        assert _instead_of_ray(may, stack, False, said.append) is not None
+        assert "Connection refused" in said[0]
+        nobody.listen()
+        assert _instead_of_ray(may, stack, False, said.append) is None
 
 
 def test_local_and_ray_at_once_is_refused() -> None:

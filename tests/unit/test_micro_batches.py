@@ -111,6 +111,9 @@ def test_what_the_user_accumulates_is_multiplied(tmp_path: Path) -> None:
     assert [len(step) for step in divided.seen] == [16, 16, 16, 16]
     divided.run.accumulation_steps = 1
     assert divided.run.accumulation_steps == 2
+    ticket = divided.run._ticket
+    alone = Run(ticket, divided.recorder, shares=2, resume=False)
+    assert alone.accumulation_steps == 2, "of two workers, which would have shared the batch"
 
 
 def test_the_size_of_a_micro_batch_is_recorded_once_where_batches_can_be_divided(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_where_one_failed_the_state_is_saved_after_all(tmp_path: Path) -> None:
     stager = Failing(Storage(str(tmp_path)).join("checkpoints"))
     training = Training(tmp_path, stager=stager, every_steps=6).broken(at("reported", 6))
     assert [manifest.reasons for manifest in committed(tmp_path)] == [("exception",)]
-    assert training.recorder.kinds() == ["checkpoint-failed", "checkpoint-rescued"]
+    assert training.recorder.kinds() == ["checkpoint-failed", "degraded", "checkpoint-rescued"]
 
 
 def test_all_room_being_taken_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.execution.connection import check_stack
 from orchestrator.stack import Stack, StackSettings
 from orchestrator.store.views import SinkLag
+from orchestrator.tracking.circuits import CircuitState
 
 LAG = SinkLag(sink="mlflow", points=3, seconds=1.5, runs=2, state="closed", error="", updated=1000.0)
 
@@ -38,6 +39,24 @@ def test_event_files_are_asked_for_once_and_stay_until_they_are_switched_off(tmp
     assert stack_up._event_files(tmp_path, StackSettings()) == ""
     with pytest.raises(ConfigError, match="no absolute path"):
         StackSettings.parse(["tensorboard.directory=tb"])
+
+
+def test_circuits_are_told_in_words_as_the_worst_of_those_who_speak_sees_them() -> None:
+    states = [
+        CircuitState(name="postgres", by="tracker", state="half-open", began=880.0),
+        CircuitState(name="postgres", by="mirror", state="open", began=900.0),
+        CircuitState(name="redis", by="tracker"),
+        CircuitState(name="tracker", by="node-a", state="half-open", began=995.0),
+        CircuitState(name="storage", by="node-a", state="open", began=1000.0 - 7300, error="full"),
+    ]
+    told = {name: stack_status.circuit(name, states, 1000.0) for name in ("postgres", "redis", "orc-tracker", "ray")}
+    assert told == {
+        "postgres": "open 2 min (mirror, tracker)", "redis": "closed", "ray": "",
+        "orc-tracker": "half-open 5 s (node-a)",
+    }  # fmt: skip
+    assert stack_status.elsewhere(states, ["postgres", "orc-tracker"], 1000.0) == [
+        ("storage", "open 2 h (node-a)", "full")
+    ]
 
 
 def test_a_run_that_needs_event_files_is_refused_where_none_are_written() -> None:

@@ -177,6 +177,7 @@ def test_a_laptop_needs_an_address_and_a_token(tmp_path: Path) -> None:
 
 def test_the_job_repeats_the_command_with_its_quotes() -> None:
     assert submit.chosen_kind(["run", "a=1"]) == submit.chosen_kind(["a=1"]) == ("train", ["a=1"])
+    assert submit.chosen_kind(["resume", "r1"]) == ("resume", ["r1"])
     command = submit.entrypoint("train", ["train=m:f", "note='a b'", "s=${oc.env:X}"], run="r1", config_dir="conf")
     assert command == (
         "python -m orchestrator.launch train train=m:f 'note='\"'\"'a b'\"'\"'' 's=${oc.env:X}'"

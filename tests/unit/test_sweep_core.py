@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.config.settings import AshaConfig, MedianConfig, PbtConfig, SweepConfig
 from orchestrator.errors import ConfigError, SweepTaken
+from orchestrator.failures.policy import Rules
 from orchestrator.sweeps.core import Core
 from orchestrator.sweeps.jobs import Assigned, Ended, Ending
 from orchestrator.sweeps.median import compare
@@ -249,7 +250,7 @@ def test_a_job_that_crashes_is_tried_again_while_it_gets_further() -> None:
         assert job.ticket.attempt == count + 1
         said = tally(job, resource, 0.5, [[resource, 0.5]])
         error = {"type": "RuntimeError", "message": "node died"}
-        core.ended(job.job, Ending(how=Ended.failed, error=error, tally=said, kind="node_lost", is_restart_useful=True))
+        core.ended(job.job, Ending(how=Ended.failed, error=error, tally=said, kind="service", is_restart_useful=True))
         if count == 2:
             core = toy_core(fifo(samples=1, restarts=2), ledger, driver="d2")
     assert core.next_job() is None
@@ -705,3 +706,49 @@ def test_an_exploit_that_was_held_takes_over_the_same_checkpoint_later() -> None
     core.ended(again.job, toy(again))
     drive(core, toy)
     assert differences(ledger, pbt()) == []
+
+
+def failing(core: Core, *, kind: str, step: float = 0.0, **more: Any) -> Assigned:
+    """The next job, which fails so; given once more if it is tried again."""
+    job = core.next_job()
+    assert job
+    error = {"type": "RuntimeError", "message": "it failed", "kind": kind, **more.pop("error", {})}
+    core.ended(job.job, Ending(how=Ended.failed, error=error, tally={"progress": step, **more}, kind=kind))
+    return job
+
+
+def test_a_failed_trial_is_answered_by_the_kind_of_its_failure_as_a_run_is() -> None:
+    ledger = MemoryLedger()
+    core = toy_core(fifo(samples=1, restarts=1), ledger, failures=Rules(limits={"licence": 1}, max_halvings=5))
+    for _ in range(4):
+        assert failing(core, kind="node_lost").changes == {}, "no restart of the budget is taken for it"
+    failing(core, kind="device_out_of_memory", micro_batch=8)
+    assert failing(core, kind="licence").changes == {"splits": 2}
+    core = toy_core(fifo(samples=1, restarts=1), ledger, driver="d2", failures=Rules(limits={"licence": 1}))
+    halved = failing(core, kind="licence")
+    assert (halved.changes, halved.after > 0) == ({"splits": 2}, True)
+    assert ledger.trials[0]["status"] == "failed"
+    assert "all 1 restarts for that (failures.limits.licence) are used up" in ledger.trials[0]["reason"]
+    decided = [each for each in ledger.decisions if each["kind"] in ("retry", "fail")]
+    assert [each["outcome"]["decision"]["action"] for each in decided] == [*["restart"] * 4, "halve", "restart", "stop"]
+    assert differences(ledger, fifo(samples=1)) == []
+
+
+def test_a_trial_that_fails_again_at_the_same_step_is_not_tried_for_ever() -> None:
+    ledger = MemoryLedger()
+    core = toy_core(fifo(samples=2, restarts=5), ledger)
+    failing(core, kind="worker_killed", step=7)
+    failing(core, kind="worker_killed", step=7)
+    assert "the same failure at step 7 twice" in ledger.trials[0]["reason"]
+    assert ledger.jobs[0]["error"]["done"].startswith("not restarted: the same failure")
+    again = failing(core, kind="user_bug")
+    assert (again.trial, ledger.trials[1]["reason"]) == (1, "RuntimeError: it failed"), "no word about what is plain"
+
+
+def test_a_pattern_of_the_users_goes_before_all_budgets_of_a_trial() -> None:
+    ledger = MemoryLedger()
+    core = toy_core(fifo(samples=1, restarts=5), ledger)
+    failing(core, kind="user_bug", error={"wish": "restart"})
+    failing(core, kind="node_lost", error={"wish": "stop"})
+    assert "failures.patterns says so" in ledger.trials[0]["reason"]
+    assert ledger.runs["run-0.0"] == ["CRASHED", "FAILED"]

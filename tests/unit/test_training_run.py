@@ -157,7 +157,8 @@ def test_a_failing_periodic_save_is_an_event_and_an_asked_one_raises(
 
     monkeypatch.setattr("os.replace", full)
     assert run.report({"a": 1}, state=state) is None
-    (event,) = recorder.facts(FactKind.event)
+    outage, event = recorder.facts(FactKind.event)
+    assert (outage["kind"], outage["level"], outage["details"]["service"]) == ("degraded", "warning", "storage")
     assert event["kind"] == "checkpoint-failed"
     assert event["level"] == "error"
     assert "No space left" in event["message"]
@@ -515,7 +516,24 @@ def test_one_that_failed_is_made_up_for_at_the_end(tmp_path: Path) -> None:
     stager.fail("the disk is on fire")
     run.finish()
     assert [fact["reasons"] for fact in recorder.facts(FactKind.checkpoint)] == [("end",)]
-    assert [event["kind"] for event in recorder.facts(FactKind.event)] == ["checkpoint-failed"]
+    kinds = [event["kind"] for event in recorder.facts(FactKind.event)]
+    assert kinds == ["checkpoint-failed", "degraded", "recovered"]
+
+
+def test_a_storage_that_is_away_is_told_once_and_when_it_is_back(tmp_path: Path) -> None:
+    run, recorder, stager = staged_run(tmp_path)
+    state = run.state(model=nn.Linear(1, 1))
+    for _ in range(3):
+        step(run, state)
+        stager.fail("the disk is on fire")
+    step(run, state)
+    stager.write()
+    step(run, state)
+    kinds = [event["kind"] for event in recorder.facts(FactKind.event)]
+    assert kinds == ["checkpoint-failed", "degraded", "checkpoint-failed", "checkpoint-failed"], "one is not enough"
+    run.finish()
+    (outage,) = [event for event in recorder.facts(FactKind.event) if event["kind"] == "recovered"]
+    assert outage["details"]["failures"] == 3
 
 
 def test_the_end_waits_for_what_is_staged(tmp_path: Path) -> None:
@@ -546,7 +564,7 @@ def test_a_best_one_waits_for_room_and_a_periodic_one_is_skipped(tmp_path: Path)
     assert [event["kind"] for event in recorder.facts(FactKind.event)] == ["checkpoint-skipped"]
     assert run.report(state=state, best=True) is None, "there was no room in the whole time"
     assert stager.patience[-1] == CheckpointPolicy().wait
-    assert [event["kind"] for event in recorder.facts(FactKind.event)][1:] == ["checkpoint-failed"]
+    assert [event["kind"] for event in recorder.facts(FactKind.event)][1:] == ["degraded", "checkpoint-failed"]
 
 
 def test_a_save_need_not_be_waited_for(tmp_path: Path) -> None:

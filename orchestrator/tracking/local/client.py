@@ -76,6 +76,9 @@ class LocalTracker:
     def cancel(self, run: str, user: str = "") -> None:
         self._call("cancel", run=run, user=user)
 
+    def halt(self, run: str, attempt: int) -> None:
+        self._call("halt", run=run, attempt=attempt)
+
     def live(self, run: str) -> dict[str, Any]:
         return self._call("live", run=run)
 

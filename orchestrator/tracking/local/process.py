@@ -29,6 +29,7 @@ from orchestrator.monitoring.sampler import SystemSampler
 from orchestrator.stack import Stack
 from orchestrator.store import open_store
 from orchestrator.sweep_records import SweepSpec, sweep_step_from, to_json
+from orchestrator.tracking.circuits import Circuits, directory_of
 from orchestrator.tracking.leases import AttemptId
 from orchestrator.tracking.local.places import Places, places, private_directory, settings
 from orchestrator.tracking.local.protocol import (
@@ -109,9 +110,10 @@ class LocalTrackerProcess:
         self._stopped = threading.Event()
         self._rest = Rest(idle=idle, patience=patience)
         self._requests = self._requests_seen = 0
+        circuits = Circuits("local-tracker", directory_of(stack.home))
         self._tracker = TrackerService(
             where.log, stack.database_url, spool_directory=str(where.spools), log_wait=TAKE_OVER,
-            redis_url=stack.redis_url,
+            redis_url=stack.redis_url, circuits=circuits,
         )  # fmt: skip
         self._shipper = Shipper(where.spools, self._tracker)
         self._sampler: SystemSampler | None = None
@@ -120,9 +122,9 @@ class LocalTrackerProcess:
                 where.spools, interval=stack.monitoring, is_my_turn=lambda: self._shipper.is_shipping
             )
         self._producers = Producers(where.spools)
-        self._directories = DirectoryService(open_store(stack.database_url))
-        self._mirrors = Mirrors(lambda: open_store(stack.database_url), stack.sinks())
-        self._merging = MergeService(open_store(stack.database_url))
+        self._directories = DirectoryService(open_store(stack.database_url), circuits=circuits)
+        self._mirrors = Mirrors(lambda: open_store(stack.database_url), stack.sinks(), circuits=circuits)
+        self._merging = MergeService(open_store(stack.database_url), circuits=circuits)
         self._server = _listening(where.socket)
 
     def run(self) -> None:
@@ -226,6 +228,8 @@ class LocalTrackerProcess:
                 return tracker.heartbeats([(run, attempt) for run, attempt in given["attempts"]])
             case "cancel":
                 return tracker.cancel(given["run"], given["user"])
+            case "halt":
+                return tracker.halt(given["run"], given["attempt"])
             case "live":
                 return tracker.live(given["run"])
             case "open_sweep":

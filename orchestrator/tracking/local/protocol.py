@@ -17,7 +17,7 @@ from orchestrator import errors
 from orchestrator.errors import UserError
 from orchestrator.records import RunSpec, RunTicket
 
-PROTOCOL = 3
+PROTOCOL = 4
 ANY_PROTOCOL = ("describe", "stop")
 """Understood from every version, so that a newer one can end an older one."""
 MAX_BYTES = 64 << 20
@@ -67,7 +67,7 @@ def spec_from(raw: Mapping[str, Any]) -> RunSpec:
 
 
 def ticket_from(raw: Mapping[str, Any]) -> RunTicket:
-    return RunTicket(**raw)
+    return RunTicket(**{**raw, "earlier": tuple(raw.get("earlier", ()))})
 
 
 def send(connection: socket.socket, message: Request | Response) -> None:

@@ -100,3 +100,27 @@ def dies_once(run, cfg) -> None:
             time.sleep(60)
         run.log({"epoch_done": epoch})
         run.report({}, state=state)
+
+
+@dataclass
+class Patient:
+    journal: str = ""
+
+
+def patient(run, cfg: Patient) -> None:
+    """Counts, and saves what it can, until there is a file `end` in the journal's directory."""
+    import torch
+
+    model = run.prepare(torch.nn.Linear(4, 4))
+    state = run.state(model=model)
+    journal = os.path.join(cfg.journal, f"rank-{run.rank}")
+    n = 0
+    while not os.path.exists(os.path.join(cfg.journal, "end")):
+        for _ in range(10):
+            run.log({"count": n}, step=n)
+            n += 1
+        run.report({"beat": n}, state=state)
+        with open(f"{journal}.new", "w") as file:
+            file.write(str(n))
+        os.replace(f"{journal}.new", journal)
+        time.sleep(0.1)
