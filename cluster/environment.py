@@ -25,6 +25,9 @@ RAY_HEAD = {
     # Ray's notices about itself in each job's output.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # By default Ray's workers, so ranks too, give way to everything else on the machine (15): on a busy one each step
+    # then waits for PostgreSQL, MLflow and Ray itself. Ours that may wait give way instead (orchestrator/priority.py).
+    "RAY_worker_niceness": "0",
 }
 
 RAY_ROCKSDB = {

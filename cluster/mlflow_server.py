@@ -11,6 +11,7 @@ import psutil
 
 from cluster import environment, ports, processes, web
 from orchestrator.errors import ServiceUnavailable
+from orchestrator.priority import Niceness
 
 PREFERRED_PORT = 5000
 START_TIMEOUT = 90
@@ -46,7 +47,7 @@ def start(home: Path, store: str, port: int) -> psutil.Process:
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", ports.LOOPBACK, "--port", str(port)]
     command += ["--workers", "1", "--serve-artifacts", "--artifacts-destination", str(artifacts)]
     variables = environment.of_mlflow_server(home, store)
-    process = processes.start_detached(command, variables, log, home / "mlflow")
+    process = processes.start_detached(command, variables, log, home / "mlflow", niceness=Niceness.copies)
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and processes.is_alive(process):
         if is_healthy(port, timeout=5) and processes.is_alive(process):

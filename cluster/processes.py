@@ -6,6 +6,7 @@ or when its environment carries our mark, or when it descends from such a proces
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,17 +16,23 @@ from typing import Any
 import psutil
 
 from cluster.environment import PART_VARIABLE
+from orchestrator.priority import Niceness, give_way
 
 
 def start_detached(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, directory: Path
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    directory: Path,
+    *,
+    niceness: Niceness | None = None,
 ) -> psutil.Process:
     """Starts a process in a session of its own, with nothing of our terminal; what it says is appended to `log`."""
     rotate(log)
     with log.open("ab") as out:
         started = subprocess.Popen(
             list(command), env=dict(environment), cwd=directory, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=None if niceness is None else functools.partial(give_way, niceness),
         )  # fmt: skip
     return psutil.Process(started.pid)
 

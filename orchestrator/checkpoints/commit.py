@@ -93,8 +93,8 @@ class Receipt:
 
 def draft_of(manifest: Manifest) -> dict[str, Any]:
     """The draft for rank 0's receipt, from a manifest without files."""
-    raw = json.loads(manifest.encode())
-    return {key: raw[key] for key in raw if key not in ("digest", "format", "protocol", *_OF_THE_COMMITTER)}
+    fields = manifest.fields()
+    return {key: fields[key] for key in fields if key not in ("format", "protocol", *_OF_THE_COMMITTER)}
 
 
 def write_receipt(inside: Storage, receipt: Receipt) -> None:

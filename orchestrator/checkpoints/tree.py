@@ -74,6 +74,8 @@ def pack(value: Any, put: Put, path: str = "") -> Any:
     if isinstance(value, Mapping):
         return _pack_mapping(value, put, path)
     if kind is tuple or isinstance(value, torch.Size):
+        if set(map(type, value)) <= _SIMPLE:  # the state of Python's generator: 625 numbers, in every save
+            return {"$tuple": list(value)}
         return {"$tuple": [pack(item, put, f"{path}.{i}") for i, item in enumerate(value)]}
     if kind is list:
         if set(map(type, value)) <= _SIMPLE:  # the numbers of an optimizer's parameters: thousands

@@ -4,7 +4,6 @@ run.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -23,6 +22,7 @@ from orchestrator.execution.handles import NODE_AGENTS, RemoteAgents, RemoteTrac
 from orchestrator.execution.shared_storage import read_marker
 from orchestrator.json_logs import keep_service_log
 from orchestrator.monitoring.sampler import SystemSampler
+from orchestrator.priority import Niceness, give_way
 from orchestrator.store import open_store
 from orchestrator.tracking.circuits import Circuits, directory_of
 from orchestrator.tracking.merging import MergeService
@@ -32,8 +32,6 @@ from orchestrator.tracking.shipper import Shipper
 
 logger = logging.getLogger(__name__)
 
-NICENESS = 5
-"""Of checkpoint writers: the trainers' processors come first."""
 TRY_AGAIN = 10.0
 """Seconds between two tries of a checkpoint writer to use its directory."""
 
@@ -74,6 +72,7 @@ class TrackerProcess(TrackerService):
         secrets = [*url_passwords(database_url), *url_passwords(redis_url)]
         keep_service_log("tracker", [Path(logs)], secrets=secrets, components=debug.split(","))
         self._settings = settings
+        give_way(Niceness.records)
         # The one before it may still be dying: Ray gives its name away earlier.
         super().__init__(
             log_directory, database_url, spool_directory=spool_directory, lease=lease, log_wait=20.0,
@@ -103,6 +102,7 @@ class MirrorProcess:
         secrets = [password for url in (database_url, *told) for password in url_passwords(url)]
         keep_service_log("mirror", [Path(logs)], secrets=secrets, components=debug.split(","))
         self._settings = settings
+        give_way(Niceness.copies)
         self._circuits = Circuits("mirror", _health(Path(logs)))
         self._directory = DirectoryService(open_store(database_url), circuits=self._circuits)
         threading.Thread(target=self._directory.run, name="directory", daemon=True).start()
@@ -131,6 +131,7 @@ class NodeProcess:
         name = f"node-{socket.gethostname()}"
         keep_service_log(name, _node_logs(spool_directory), components=debug.split(","))
         self._settings = {"debug": debug, "spool_directory": spool_directory, "monitoring": monitoring}
+        give_way(Niceness.records)
         self._spools = Path(spool_directory)
         logs = _node_logs(spool_directory)[0]
         self._circuits = Circuits(name, _health(logs) if logs.name == "logs" else None)
@@ -185,8 +186,7 @@ class CheckpointWriterProcess:
         }  # fmt: skip
         self._service: WriterService | None = None
         self._why = ""
-        with contextlib.suppress(OSError):
-            os.nice(NICENESS)
+        give_way(Niceness.checkpoints)
         self._open()
         threading.Thread(target=self._run, name="writer-0", daemon=True).start()
 

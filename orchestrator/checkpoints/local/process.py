@@ -7,7 +7,6 @@ killed at any time, and the next one goes on.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
@@ -17,13 +16,12 @@ import time
 from pathlib import Path
 
 from orchestrator.checkpoints.service import WriterService
+from orchestrator.priority import Niceness, give_way
 
 logger = logging.getLogger(__name__)
 
 IDLE = 60.0
 """Seconds without a trainer and without work after which the process ends."""
-NICENESS = 5
-"""The trainers' processors come first."""
 
 
 class WriterProcess:
@@ -63,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory-bytes", type=int, default=0)
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+    give_way(Niceness.checkpoints)
     process = WriterProcess(str(given.root), threads=given.threads, memory_bytes=given.memory_bytes, idle=given.idle)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.stop())
