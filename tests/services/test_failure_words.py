@@ -76,9 +76,9 @@ def test_users_say_what_their_own_messages_mean(local: LocalStack) -> None:
     assert (run.error["kind"], run.error["rank"], run.error["hint"]) == ("data_error", 1, "Ask Ada.")
 
 
-def test_a_pattern_for_a_kind_that_there_is_not_is_refused_before_anything_starts(local: LocalStack) -> None:
+def test_a_pattern_for_a_mistyped_kind_is_refused_before_anything_starts(local: LocalStack) -> None:
     before = len(local.store.runs(limit=100))
-    words = ("run", "--local", "train=trains:raises", "failures.patterns=[{match: x, kind: bad_luck}]")
+    words = ("run", "--local", "train=trains:raises", "failures.patterns=[{match: x, kind: dataerror}]")
     _, err = local.run(*ORC, *words, cwd=PROJECT, code=2)
     assert "failures.patterns.0.kind" in err
     assert "data_error" in err
