@@ -317,9 +317,12 @@ class SlabStager:
             return None
         if lease is not None and lease.slab.slot_bytes >= needed and not lease.slab.is_gone():
             return lease
-        coming = self._ask_for(layout, heads)
+        deadline = time.monotonic() + patience
         self._patience = 0.0
-        if coming is None or not coming.wait(patience if coming.slot_bytes >= needed else 0.0):
+        coming = self._ask_for(layout, heads)
+        while coming is not None and coming.wait(deadline - time.monotonic()) and coming.slot_bytes < needed:
+            coming = self._ask_for(layout, heads)  # the one before was for a state without an optimizer's, say
+        if coming is None or not coming.is_over():
             self._say("checkpoint-direct", "its memory is not there yet")
             return None
         if coming.lease is None:

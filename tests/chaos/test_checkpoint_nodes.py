@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.plugins.gated_runs import end_gated, kill, ready_slabs, sealed, start_gated, writer_processes
+from tests.plugins.gated_runs import end_gated, kill, sealed, start_gated, writer_processes
 from tests.plugins.halted_saves import POINTS, Halts, Noted, assert_halted, start_noted
 from tests.plugins.own_stack import OwnStack
 from tests.plugins.ray_nodes import RayNode, RayNodes, wait_for_the_end
@@ -116,7 +116,6 @@ def test_what_was_handed_over_outlives_writer_agent_and_node(nodes: Nodes, tmp_p
     try:
         run.open(1)
         run.saved(1)
-        wait_until(lambda: ready_slabs(orc) == 2, 60, "memory for both ranks")
         first, second = nodes.living
         with stopped(nodes.writers()):
             run.open(2)

@@ -4,7 +4,6 @@ yet.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import pytest
 
 from orchestrator.checkpoints.local import places
 from orchestrator.checkpoints.local.requests import ask
-from orchestrator.checkpoints.slab import SUFFIX, SlabDamaged, SlabFile, State
+from orchestrator.checkpoints.slab import SUFFIX, SlabFile, State
 from orchestrator.store.store import Store
 from tests.plugins.runs import Orc, wait_until
 
@@ -51,17 +50,6 @@ def sealed(orc: Orc) -> int:
         slab = SlabFile(path)
         count += len([slot for slot in slab.slots if slot.state is State.sealed])
         slab.close()
-    return count
-
-
-def ready_slabs(orc: Orc) -> int:
-    """Memory that a trainer holds and may save into."""
-    count = 0
-    for path in places.slabs(Path(orc.stack.slab_directory)).glob(f"*{SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError, SlabDamaged):  # it is just being made, or removed
-            slab = SlabFile(path)
-            count += slab.is_ready() and slab.has_filler()
-            slab.close()
     return count
 
 

@@ -15,7 +15,7 @@ from orchestrator.backends.storage import Storage
 from orchestrator.checkpoints.image import SIZES, TensorSpec
 from orchestrator.checkpoints.job import Layout, SlotResult
 from orchestrator.checkpoints.plan import layout
-from orchestrator.checkpoints.slab import Owner, slot_bytes_for
+from orchestrator.checkpoints.slab import Owner, SlabFile, slot_bytes_for
 from orchestrator.checkpoints.slab_stager import SlabStager
 from orchestrator.checkpoints.staging import DirectStager
 from tests.plugins.slab_saves import job
@@ -174,6 +174,27 @@ def test_another_layout_takes_other_memory(writer: ThreadWriter, stager: SlabSta
         assert bool((saved(tmp_path, step)["t0"] == step).all())
         assert len(saved(tmp_path, step)["t0"]) == size
     assert writer.service.health()["slab_bytes"] > 0
+
+
+def test_memory_that_comes_slowly_and_too_small_is_waited_for_and_asked_for_again(
+    writer: ThreadWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = writer.lease
+
+    def slow(slot_bytes: int, owner: Owner, *, slots: int = 2) -> SlabFile | None:
+        time.sleep(0.3)
+        return lease(slot_bytes, owner, slots=slots)
+
+    monkeypatch.setattr(writer, "lease", slow)
+    said: list[tuple[str, str]] = []
+    stager = made(writer, said)
+    stager.expect(*planned([torch.ones(10)])[:2])
+    what = planned([torch.ones(1 << 18)])
+    reservation = stager.reserve(*what[:2], patience=0.0)
+    assert reservation is not None
+    assert (reservation.is_direct, said) == (False, [])
+    reservation.abandon()
+    stager.close()
 
 
 def test_what_is_expected_is_prepared_before_the_first_save(writer: ThreadWriter, stager: SlabStager) -> None:
