@@ -576,7 +576,7 @@ class CheckpointEngine:
         assert mine.reservation is not None
         is_main, is_direct = self._group.rank == 0, mine.reservation.is_direct
         why = "" if failure is None else _told(failure)
-        if not why and (is_direct or not is_main):
+        if not why and not is_direct and not is_main:  # what a direct seal did is known when it returns
             why = _failure_of(self._waited(token, info))
         replies = self._group.gather(why)
         wrong = [f"rank {rank}: {each}" for rank, each in enumerate(replies) if each]

@@ -64,7 +64,7 @@ def load_failure_function(reference: str) -> Callable[..., Any]:
     try:
         found: Any = _module(reference, module)
     except ConfigError as error:
-        raise ConfigError(key, reference, error.why) from error
+        raise ConfigError(key, reference, error.why, f"Write {key}=module:function.") from error
     try:
         for part in name.split("."):
             found = getattr(found, part)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -479,6 +481,45 @@ def writer_of(saver: Saver) -> DelayedStager:
     stager = saver.engine._stager
     assert isinstance(stager, DelayedStager)
     return stager
+
+
+class _ThreadGroup(Group):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, told: dict[int, Any], meeting: threading.Barrier) -> None:
+        super().__init__(rank, meeting.parties)
+        self._told, self._meeting = told, meeting
+
+    def _all(self, mine: Any) -> list[Any]:
+        self._told[self.rank] = mine
+        self._meeting.wait(30)
+        found = [self._told[rank] for rank in range(self.world_size)]
+        self._meeting.wait(30)
+        return found
+
+    def share(self, text: str) -> str:
+        return str(self._all(text)[0])
+
+    def gather(self, text: str) -> list[str]:
+        return self._all(text)
+
+    def lowest(self, value: int) -> int:
+        return min(self._all(value))
+
+
+@pytest.mark.parametrize("direct", [0, 1])
+def test_where_one_rank_writes_by_itself_no_rank_hands_over(root: Path, direct: int) -> None:
+    storage, told, meeting = Storage(str(root)), dict[int, Any](), threading.Barrier(2)
+    stager = DelayedStager(storage)
+    stager.writes_while_waited_for = False  # its writer hangs
+    savers = [Saver(storage, stager=None if rank == direct else stager) for rank in (0, 1)]
+    for rank, saver in enumerate(savers):
+        saver.engine._group = _ThreadGroup(rank, told, meeting)
+    with ThreadPoolExecutor(2) as ranks:
+        saves = [ranks.submit(each.begin, TrainState(model=nn.Linear(4, 4)), 1) for each in savers]
+        infos = [save.result(60) for save in saves]
+    assert [info.state.value for info in infos if info] == ["committed", "committed"]
+    assert (stager.abandoned, stager.sealed) == (1, [])
 
 
 def test_a_staged_save_is_what_was_there_at_the_return(delayed: Saver) -> None:
