@@ -1,5 +1,5 @@
 # make demo        install, start the stack, train on real data, say where to look     (ORC_HOME=… for another data directory)
-# make test        every test tier that needs nothing but Python; ends with pytest's summary     (TESTS=tests/unit for one tier)
+# make test        every test tier that needs nothing but Python; ends with pytest's summary     (TESTS=tests/unit for one tier, ARGS=-n0 in one process)
 # make check       format, lint, layers, types           make format       mends format and import order
 # make chaos       all fault tests, with root and strace, and half an hour of `make nemesis` (not with ARGS)
 # make nemesis     breaks everything at random under a job and a sweep and compares what they come to (ARGS="--seconds 600 --seed 7")
@@ -20,6 +20,7 @@ export VENV PYTHON
 RUN = "$(VENV)/bin/python" -m
 TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
 PYTEST = $(RUN) pytest -p tests.plugins.tiers
+LANES = -n 2 --dist loadgroup --no-loadscope-reorder
 CODE = orchestrator actors jobs cluster tests tools setup.py
 
 .PHONY: demo test check format chaos campaign campaign-checkpoints campaign-sweeps ui-test bench-ls bench-metrics bench-checkpoints bench-sweeps bench-failures nemesis venv
@@ -32,7 +33,7 @@ venv:
 	@tools/venv test,check,demo
 
 test: venv
-	@$(PYTEST) $(TESTS) $(ARGS)
+	@$(PYTEST) $(LANES) $(TESTS) $(ARGS)
 
 check: venv
 	@$(RUN) ruff format --check --output-format concise $(CODE)

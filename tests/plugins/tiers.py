@@ -1,18 +1,23 @@
-"""A pytest plugin that says how long each tier of tests took, beside the time it may take on two cores.
+"""A pytest plugin that gives all tests on Ray one lane, and says how long each tier took beside what it may take.
 
 A tier is a folder of tests/. Loaded by `make test` with `-p tests.plugins.tiers`. A tier that took longer is reported,
 not failed: how fast the machine is decides that too.
+
+`make test` has two worker processes (pytest-xdist). Tests on Ray mostly wait for processes to start, so one of the
+workers goes through them, one after another, while the other takes the rest.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 import pytest
 
 CAPS = {"unit": 30, "services": 300, "ray": 600, "chaos": 300, "journeys": 300}
-"""Seconds of wall-clock on two cores."""
+"""Seconds on two cores."""
+
+ON_RAY = {"ray", "journeys"}
+"""Tiers that are Ray's as a whole; in the others, the tests that use the stack of fixture `orc` are."""
 
 
 @dataclass
@@ -31,30 +36,24 @@ def tier_of(nodeid: str) -> str:
 
 
 class TierClock:
-    """Adds up the time from the start of each test to the start of the next: fixtures count where they are used."""
+    """Adds up how long the tests took, fixtures where they are used."""
 
     def __init__(self) -> None:
         self.tiers: dict[str, Tier] = {}
-        self._current: Tier | None = None
-        self._since = 0.0
-
-    def begin(self, nodeid: str, now: float) -> None:
-        self.pause(now)
-        self._current = self.tiers.setdefault(tier_of(nodeid), Tier())
-        self._current.tests += 1
-
-    def pause(self, now: float) -> None:
-        if self._current is not None:
-            self._current.seconds += now - self._since
-        self._current, self._since = None, now
 
     def count(self, report: pytest.TestReport) -> None:
+        tier = self.tiers.setdefault(tier_of(report.nodeid), Tier())
+        tier.seconds += report.duration
+        tier.tests += report.when == "setup"
         if report.when == "call" or report.outcome != "passed":
-            outcomes = self.tiers.setdefault(tier_of(report.nodeid), Tier()).outcomes
-            outcomes[report.outcome] = outcomes.get(report.outcome, 0) + 1
+            tier.outcomes[report.outcome] = tier.outcomes.get(report.outcome, 0) + 1
 
     def lines(self) -> list[str]:
-        return [_line(name, tier) for name, tier in self.tiers.items()]
+        return [_line(name, tier) for name, tier in sorted(self.tiers.items(), key=_in_order)]
+
+
+def _in_order(named: tuple[str, Tier]) -> int:
+    return [*CAPS, named[0]].index(named[0])
 
 
 def _line(name: str, tier: Tier) -> str:
@@ -68,20 +67,20 @@ def _line(name: str, tier: Tier) -> str:
 _clock = TierClock()
 
 
-def pytest_runtest_logstart(nodeid: str) -> None:
-    _clock.begin(nodeid, time.monotonic())
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if tier_of(item.nodeid) in ON_RAY or "orc" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)  # the long lane starts at once
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _clock.count(report)
 
 
-def pytest_sessionfinish() -> None:
-    _clock.pause(time.monotonic())
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _clock.tiers:
-        terminalreporter.section("wall-clock of the tiers")
+        terminalreporter.section("time of the tiers")
         for line in _clock.lines():
             terminalreporter.write_line(line)
