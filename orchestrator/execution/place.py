@@ -16,7 +16,8 @@ from orchestrator.sweep_records import SweepPoll, SweepRecord, SweepSpec, SweepS
 
 
 class Tracker(Protocol):
-    """What the driver asks of the tracker. Every call may raise ConnectionError or TimeoutError."""
+    """What the driver asks of the tracker. Every call may raise ConnectionError or TimeoutError, and those that
+    need its database ServiceUnavailable."""
 
     def open_run(self, spec: RunSpec) -> RunTicket: ...
     def heartbeat(self, run: str, attempt: int) -> bool: ...

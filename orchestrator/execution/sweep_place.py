@@ -90,6 +90,8 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 120.0
 """Seconds in which a step is sent again when the tracker is away. It is the same step, so it counts once."""
+OUTAGE = 1800.0
+"""Seconds in which it is sent again when the tracker is there and its database is not: trials train meanwhile."""
 HELD = 24 * 3600.0
 """Seconds after which a checkpoint that another trial starts from is let go in any case."""
 BEAT = 1.0
@@ -125,12 +127,19 @@ class SweepFailed(UserError):
 
 
 class Patient:
-    """A tracker whose sweep calls are repeated while it is away, which is safe: a step counts once."""
+    """A tracker whose sweep calls are repeated while it or its database is away, which is safe: a step counts once."""
 
     def __init__(
-        self, tracker: Tracker, over: threading.Event, *, patience: float = PATIENCE, pause: float = 0.5
+        self,
+        tracker: Tracker,
+        over: threading.Event,
+        *,
+        patience: float = PATIENCE,
+        outage: float = OUTAGE,
+        pause: float = 0.5,
     ) -> None:
         self._tracker, self._over, self._patience, self._pause = tracker, over, patience, pause
+        self._outage = outage
 
     def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord:
         return self._asked(lambda: self._tracker.open_sweep(spec, driver))
@@ -142,14 +151,21 @@ class Patient:
         return self._asked(lambda: self._tracker.sweep_poll(sweep, driver))
 
     def _asked(self, question: Callable[[], _Answer]) -> _Answer:
-        deadline = time.monotonic() + self._patience
+        began, is_told = time.monotonic(), False
         while True:
             try:
-                return question()
-            except (ConnectionError, TimeoutError) as error:
-                if time.monotonic() > deadline or self._over.wait(self._pause):
+                answer = question()
+            except (ConnectionError, TimeoutError, ServiceUnavailable) as error:
+                patience = self._outage if isinstance(error, ServiceUnavailable) else self._patience
+                if time.monotonic() - began > patience or self._over.wait(self._pause):
                     raise
-                logger.info("the tracker is away, the sweep waits for it: %s", error)
+                if not is_told:
+                    logger.warning("the sweep decides nothing for now, what runs goes on: %s", error)
+                is_told = True
+                continue
+            if is_told:
+                logger.warning("the sweep goes on after %.0f s", time.monotonic() - began)
+            return answer
 
 
 @dataclass(slots=True)

@@ -154,9 +154,10 @@ class _Verdict:
 class Core:
     """Decides. Called from one thread; one call is at most a few steps.
 
-    Every public call may raise SweepTaken (another driver has the sweep: this one is done), ConnectionError or
-    TimeoutError. After the latter two, what was to be recorded is kept and sent again, the same, by the next call
-    whatever it is; asking again is right, and an ending that was recorded after all is not counted twice.
+    Every public call may raise SweepTaken (another driver has the sweep: this one is done), ConnectionError,
+    TimeoutError or ServiceUnavailable. After the latter three, what was to be recorded is kept and sent again, the
+    same, by the next call whatever it is; asking again is right, and an ending that was recorded after all is not
+    counted twice.
 
     `spec_of` makes the RunSpec of a trial's run from (trial, repeat, values), with `new_run`. `renewed` makes the
     searcher anew when samples or space are changed. `params` are those of the base configuration. `gang` is what a job

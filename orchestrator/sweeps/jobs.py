@@ -83,7 +83,8 @@ class Ending:
 
 class Ledger(Protocol):
     """Where decisions are kept before they are carried out: the tracker. Raises SweepTaken when another driver has the
-    sweep, ConnectionError and TimeoutError when nobody answers; the same step may then be sent again."""
+    sweep, ConnectionError and TimeoutError when nobody answers, ServiceUnavailable when its database does not; the same
+    step may then be sent again."""
 
     def open_sweep(self, spec: SweepSpec, driver: str) -> SweepRecord: ...
     def sweep_step(self, step: SweepStep) -> Mapping[int, RunTicket]: ...

@@ -22,7 +22,7 @@ from orchestrator.cli import main, parser, submit, sweep, sweep_plan, sweep_show
 from orchestrator.cli.sweep_display import LineSweep
 from orchestrator.config import ClusterCapacity, NodeCapacity
 from orchestrator.config.settings import PricesConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import ServiceUnavailable, UserError
 from orchestrator.execution import sweep_api
 from orchestrator.execution.sweep_place import Patient, driver_name, outlook_of
 from orchestrator.execution.sweep_plan import trial_spec, unmeasured
@@ -326,13 +326,14 @@ def test_a_function_that_no_worker_could_import_is_refused() -> None:
 class Away:
     """A tracker that answers the third time."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.asked = 0
+        self.error = error or ConnectionError("nobody there")
 
     def open_sweep(self, spec: SweepSpec, driver: str) -> Mapping[str, Any]:
         self.asked += 1
         if self.asked < 3:
-            raise ConnectionError("nobody there")
+            raise self.error
         return {"spec": spec, "driver": driver}
 
 
@@ -347,3 +348,14 @@ def test_a_sweep_waits_for_a_tracker_that_is_away_and_not_for_ever() -> None:
     over.set()
     with pytest.raises(ConnectionError):
         Patient(Away(), over, pause=0.0).open_sweep(spec, "d")  # type: ignore[arg-type]
+
+
+def test_a_sweep_waits_longer_for_the_trackers_database_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    spec, over = SweepSpec(sweep="s"), threading.Event()
+    error = ServiceUnavailable("postgresql", "db", "the server starts up.", "`orc status` tells.")
+    away: Any = Away(error)
+    assert Patient(away, over, patience=-1.0, pause=0.0).open_sweep(spec, "d")["driver"] == "d"  # type: ignore[index]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "the server starts up" in caplog.text and "goes on after 0 s" in caplog.text
+    with pytest.raises(ServiceUnavailable):
+        Patient(Away(error), over, outage=-1.0, pause=0.0).open_sweep(spec, "d")  # type: ignore[arg-type]
