@@ -20,7 +20,7 @@ export VENV PYTHON
 RUN = "$(VENV)/bin/python" -m
 TESTS ?= tests/unit tests/services tests/ray tests/chaos tests/journeys
 PYTEST = $(RUN) pytest -p tests.plugins.tiers
-LANES = -n 2 --dist loadgroup --no-loadscope-reorder
+LANES = -n 2 --no-loadscope-reorder
 CODE = orchestrator actors jobs cluster tests tools setup.py
 
 .PHONY: demo test check format chaos campaign campaign-checkpoints campaign-sweeps ui-test bench-ls bench-metrics bench-checkpoints bench-sweeps bench-failures nemesis venv

@@ -141,16 +141,17 @@ class Storage:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Replaces the file in one step: a reader finds the old bytes or the new ones."""
-        with self.open_output(path) as output:
+    def write_bytes(self, path: str, data: bytes, *, is_durable: bool = True) -> None:
+        """Replaces the file in one step: a reader finds the old bytes or the new ones. What is not durable may be
+        empty or the old one after a loss of power, on a local disk, and costs no wait for it."""
+        with self._files.open_output(self._at(path), is_durable) as output:
             output.write(data)
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[Output]:
         """A file to write to, from its beginning. It appears under its name when the block ends without an
         exception."""
-        with self._files.open_output(self._at(path)) as output:
+        with self._files.open_output(self._at(path), True) as output:
             yield output
 
     @contextmanager
@@ -283,7 +284,7 @@ class ImageOutput(Protocol):
 class _Files(Protocol):
     """What a kind of storage can do, by absolute path."""
 
-    def open_output(self, path: str) -> Any: ...
+    def open_output(self, path: str, is_durable: bool) -> Any: ...
     def open_image(self, path: str, size_bytes: int) -> Any: ...
     def open_input(self, path: str) -> Any: ...
     def copy(self, theirs: Any, source: str, path: str) -> bool:
@@ -304,11 +305,13 @@ class _Files(Protocol):
 
 class _LocalFiles:
     @contextmanager
-    def open_output(self, path: str) -> Iterator[Output]:
-        with self._replacing(path) as partial, io.BufferedWriter(_WatchedFile(partial, "wb")) as output:
+    def open_output(self, path: str, is_durable: bool) -> Iterator[Output]:
+        replacing = self._replacing(path, is_durable)
+        with replacing as partial, io.BufferedWriter(_WatchedFile(partial, "wb")) as output:
             yield output
             output.flush()
-            disk.fsync(output.fileno(), partial)
+            if is_durable:
+                disk.fsync(output.fileno(), partial)
 
     @contextmanager
     def open_image(self, path: str, size_bytes: int) -> Iterator[ImageOutput]:
@@ -321,7 +324,7 @@ class _LocalFiles:
                 image.close()
 
     @contextmanager
-    def _replacing(self, path: str) -> Iterator[str]:
+    def _replacing(self, path: str, is_durable: bool = True) -> Iterator[str]:
         """A name to write to; the file gets its own when the block ends without an exception."""
         directory = os.path.dirname(path)
         self._make_directories(directory)
@@ -334,7 +337,8 @@ class _LocalFiles:
             with suppress(OSError):
                 os.unlink(partial)
             raise
-        disk.fsync_directory(directory)
+        if is_durable:
+            disk.fsync_directory(directory)
 
     def _make_directories(self, path: str) -> None:
         for _ in range(4):
@@ -424,7 +428,24 @@ class _LocalFiles:
         return status.f_bavail * status.f_frsize
 
     def is_inside(self, root: str, path: str) -> bool:
+        if not self._has_link(root, path):
+            return True
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+    def _has_link(self, root: str, path: str) -> bool:
+        """Whether anything below `root` on the way to `path` is a link. A look for each part below the root: to resolve
+        both paths whole is a tenth of what writing a small checkpoint costs."""
+        step = root
+        for part in path[len(root) + 1 :].split("/"):
+            step = f"{step}/{part}"
+            try:
+                if stat.S_ISLNK(os.lstat(step).st_mode):
+                    return True
+            except FileNotFoundError:
+                return False  # nor is there anything behind it
+            except OSError:
+                return True  # whoever resolves it may know more
+        return False
 
     def missing_directories(self, path: str) -> list[str]:
         """The directories that must be made for `path`, outermost first."""
@@ -566,7 +587,7 @@ class _RemoteFiles:
         self._has_directories = filesystem.type_name not in ("s3", "gcs", "abfs")
 
     @contextmanager
-    def open_output(self, path: str) -> Iterator[Output]:
+    def open_output(self, path: str, is_durable: bool = True) -> Iterator[Output]:
         with _as_os_errors():
             if self._has_directories:
                 self._filesystem.create_dir(os.path.dirname(path), recursive=True)

@@ -72,7 +72,8 @@ def _point(storage: Storage, which: str, target: Manifest | None, rule: BestRule
     before = _read(storage, which)
     if before is not None and {key: before.get(key) for key in content} == content:
         return
-    storage.write_bytes(f"{which}.json", json.dumps({**content, "at": now}, allow_nan=False).encode())
+    data = json.dumps({**content, "at": now}, allow_nan=False).encode()
+    storage.write_bytes(f"{which}.json", data, is_durable=False)  # a hint; the next commit gives it anew
 
 
 def _best(committed: Sequence[Manifest], rule: BestRule) -> Manifest | None:

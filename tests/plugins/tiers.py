@@ -12,12 +12,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 CAPS = {"unit": 30, "services": 300, "ray": 600, "chaos": 300, "journeys": 300}
 """Seconds on two cores."""
 
-ON_RAY = {"ray", "journeys"}
-"""Tiers that are Ray's as a whole; in the others, the tests that use the stack of fixture `orc` are."""
+ON_RAY = (
+    "tests/ray/",
+    "tests/journeys/",
+    "tests/chaos/test_checkpoint_nodes.py",
+    "tests/chaos/test_lost_processes.py",
+    "tests/chaos/test_nemesis.py",
+    "tests/chaos/test_sweep_kills.py",
+    "tests/chaos/test_unshared_storage.py",
+)
+"""Which tests need a cluster; one of them runs at a time."""
 
 
 @dataclass
@@ -67,12 +77,23 @@ def _line(name: str, tier: Tier) -> str:
 _clock = TierClock()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def is_on_ray(nodeid: str) -> bool:
+    return nodeid.startswith(ON_RAY)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if tier_of(item.nodeid) in ON_RAY or "orc" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)  # the long lane starts at once
+    items.sort(key=lambda item: not is_on_ray(item.nodeid))  # the long lane starts at once
+
+
+class Lanes(LoadScopeScheduling):
+    """The tests on Ray are one piece of work, of the others each file is one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "on Ray" if is_on_ray(nodeid) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+    return Lanes(config, log)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

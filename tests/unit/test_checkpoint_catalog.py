@@ -370,7 +370,7 @@ def test_a_pointer_that_makes_no_sense_points_nowhere(storage: Storage, content:
 def test_a_storage_that_fails_costs_only_a_warning(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(self: Storage, path: str, data: bytes) -> None:
+    def refuse(self: Storage, path: str, data: bytes, is_durable: bool = True) -> None:
         raise OSError(28, "full")
 
     monkeypatch.setattr(Storage, "write_bytes", refuse)

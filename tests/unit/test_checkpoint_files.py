@@ -79,6 +79,31 @@ def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
         Storage(str(tmp_path / "root")).write_bytes("link/x", b"")
 
 
+def test_a_link_that_stays_inside_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "root" / "inner").mkdir(parents=True)
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "root" / "inner")
+    storage = Storage(str(tmp_path / "root"))
+    storage.write_bytes("link/deeper/x", b"1")
+    assert storage.read_bytes("inner/deeper/x") == b"1"
+    (tmp_path / "root" / "inner" / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UnsafePath):
+        storage.write_bytes("link/out/x", b"")
+
+
+def test_a_hint_waits_for_no_disk(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    calls: list[str] = []
+    disk.watch(lambda call, path: calls.append(call))
+    try:
+        storage.write_bytes("hint", b"1", is_durable=False)
+        assert "fsync" not in calls
+        storage.write_bytes("sure", b"1")
+        assert "fsync" in calls
+    finally:
+        disk.watch(None)
+    assert storage.read_bytes("hint") == b"1"
+
+
 def test_the_root_itself_cannot_be_deleted(storage: Storage) -> None:
     with pytest.raises(UnsafePath):
         storage.delete_dir("")

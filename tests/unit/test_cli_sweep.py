@@ -356,6 +356,7 @@ def test_a_sweep_waits_longer_for_the_trackers_database_and_says_so_once(caplog:
     away: Any = Away(error)
     assert Patient(away, over, patience=-1.0, pause=0.0).open_sweep(spec, "d")["driver"] == "d"  # type: ignore[index]
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    assert "the server starts up" in caplog.text and "goes on after 0 s" in caplog.text
+    assert "the server starts up" in caplog.text
+    assert "goes on after 0 s" in caplog.text
     with pytest.raises(ServiceUnavailable):
         Patient(Away(error), over, outage=-1.0, pause=0.0).open_sweep(spec, "d")  # type: ignore[arg-type]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.plugins.tiers import TierClock, tier_of
+from tests.plugins.tiers import TierClock, is_on_ray, tier_of
 
 TESTS = Path(__file__).parents[1]
 
@@ -18,8 +19,15 @@ def test_no_two_files_of_tests_have_one_name() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_who_starts_a_cluster_is_known_to_do_so() -> None:
+    for path in TESTS.glob("*/test_*.py"):
+        text = path.read_text()
+        if re.search(r"from tests\.plugins\.(ray_nodes|runs import [\w, ]*\bOrc\b)", text):
+            assert is_on_ray(f"tests/{path.parent.name}/{path.name}::test"), path
+
+
 def test_a_test_belongs_to_the_folder_below_tests() -> None:
-    assert tier_of("tests/ray/test_up.py::test_it@ray") == "ray"
+    assert tier_of("tests/ray/test_up.py::test_it") == "ray"
     assert tier_of("conftest.py") == "other"
 
 
