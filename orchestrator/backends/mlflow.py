@@ -63,6 +63,8 @@ MAX_FILES = 100
 """So many artifacts of a run are copied, the newest; all are listed in `orc/artifacts.json` (up to `MAX_LISTED`)."""
 MAX_LISTED = 2000
 MAX_FILE_BYTES = 1_000_000
+SETTLED = 60.0
+"""Seconds after a start in which a request of the process before it may still be carried out."""
 
 STATUS: Mapping[RunStatus, str] = {
     RunStatus.created: "SCHEDULED",
@@ -125,6 +127,11 @@ class MlflowSink:
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
         self._words: dict[str, str] = {}  # status of a run as we have found it there
+        self._parent = ("", "")
+        """A run that others name as their parent, and its id there: thousands of trials have one."""
+        self._began = time.monotonic()
+        self._asked: set[str] = set()
+        """Runs, by what describes them, that we asked for without an answer."""
 
     # -- what a run looks like in MLflow ----------------------------------------------------------------------------
 
@@ -224,17 +231,30 @@ class MlflowSink:
         if found is not None:
             return self._target(found)
         tags = self.tags(run)
-        if run.parent and (parent := self._find(experiment, run.parent, _query_of(run.parent))) is not None:
-            tags["mlflow.parentRunId"] = parent.info.run_id
+        if parent := self._parent_id(experiment, run.parent):
+            tags["mlflow.parentRunId"] = parent
         name = _clean(run.name, MAX_NAME)
+        is_asked = wanted in self._asked or started - self._began < SETTLED
+        self._asked.add(wanted)
         made: Run = self._call(
             f"run {run.id}",
             lambda client: client.create_run(experiment, start_time=run.start_ms, tags=_first(tags), run_name=name),
         )
-        if time.monotonic() - started < self._timeout:
-            # An earlier request may have been answered too late for us to see it, yet have made the run: keep only one.
+        if is_asked and time.monotonic() - started < self._timeout:
+            # An earlier request, perhaps of the mirror before this one, may have been answered too late for us to see
+            # it, yet have made the run: keep only one.
             made = self._find(experiment, run.id, wanted) or made
+        self._asked.discard(wanted)
         return self._target(made, created=True)
+
+    def _parent_id(self, experiment: str, parent: str) -> str:
+        """Its id there; "" without one, or as long as it is not there."""
+        if parent and self._parent[0] != parent:
+            found = self._find(experiment, parent, _query_of(parent))
+            if found is None:
+                return ""
+            self._parent = parent, found.info.run_id
+        return self._parent[1] if parent else ""
 
     def rewind(self, target: Target, mark: Any) -> bool:
         return True  # what is sent again is known by its key, time, step and value
@@ -365,6 +385,7 @@ class MlflowSink:
         code, text = str(error.error_code), _short(error)
         if code == "RESOURCE_DOES_NOT_EXIST":
             self._experiments.clear()  # perhaps it is another database now
+            self._parent = ("", "")
         if run is not None and code == "RESOURCE_DOES_NOT_EXIST":
             return SinkGone(self.name, run.id, text, False)
         if run is not None and "must be in the 'active' state" in text:
