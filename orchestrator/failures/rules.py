@@ -300,9 +300,16 @@ RULES: tuple[Rule, ...] = (
     # -- storage -----------------------------------------------------------------------------------------------------
     _rule(
         _K.storage,
-        r"No space left on device|[Dd]isk quota exceeded|File too large|\[Errno (28|122|27)\]|ENOSPC|EDQUOT"
+        r"No space left on device|[Dd]isk quota exceeded|\[Errno (28|122)\]|ENOSPC|EDQUOT"
         r"|PytorchStreamWriter failed|inline_container\.cc[^\n]*unexpected pos|iostream error",
         "There is no room for the file: free some, or write elsewhere; `df -h` and quotas on that host tell.",
+        is_restart_useful=True,  # others write there too, and delete; where nobody does, `max_repeats` ends it
+        in_log=True,
+    ),
+    _rule(
+        _K.storage,
+        r"File too large|\[Errno 27\]",
+        "The file is larger than the file system or `ulimit -f` of that host allows.",
         in_log=True,
     ),
     _rule(
