@@ -4,8 +4,8 @@
 
 * **A copy, the database is the truth.** Both files are written as a whole, from one moment of the database, and
   appear under their names when they are complete. So whatever dies anywhere, the next time writes the same again.
-* **In time.** The record within seconds of the run's end and at most once a minute before; the points at the end, and
-  while a run is small every few minutes. What is committed after the end makes both be written again.
+* **In time.** The record within seconds of the run's end and at most once a minute before, first when the run is some
+  seconds old: of a short trial it is written once. The points at the end, and while a run is small every few minutes. What is committed after the end makes both be written again.
 * **Patient.** A storage that fails is left alone for growing pauses, one warning when that begins and one line
   when it is over; runs elsewhere go on.
 """
@@ -62,6 +62,8 @@ class Feed(Protocol):
 class DirectoryConfig:
     interval: float = 2.0
     """Pause between steps."""
+    first_after: float = 10.0
+    """The first record of a run that goes on is due so long after it was noticed."""
     while_running: float = 60.0
     """Least time between two records of a run that goes on."""
     after_end: float = 5.0
@@ -118,6 +120,8 @@ class DirectoryService:
         self._roots: dict[str, Link] = {}
         self._backlog = Backlog(feed, SINK)
         self._written: dict[str, _Written] = {}
+        self._noticed: dict[str, float] = {}
+        """When, of those that go on and were not written yet."""
         self._aside: dict[str, _Aside] = {}
         self._count = 0
         self._last_error = ""
@@ -181,8 +185,10 @@ class DirectoryService:
         if (aside is not None and now < aside.until) or not self._root(directory).allows(now):
             return False
         written = self._written.get(run)
-        if written is None or (status.is_terminal and not written.is_final):
+        if status.is_terminal and (written is None or not written.is_final):
             return True
+        if written is None:
+            return now >= self._noticed.setdefault(run, now) + self._config.first_after
         return now >= written.at + (self._config.after_end if status.is_terminal else self._config.while_running)
 
     def _wants_metrics(self, run: str, status: RunStatus, points: int, now: float) -> bool:
@@ -214,6 +220,7 @@ class DirectoryService:
             return
         root.succeeded(self._clock.monotonic())
         self._aside.pop(run, None)
+        self._noticed.pop(run, None)
         dirty.pop(run, None)
         self._count += 1
 
@@ -242,6 +249,7 @@ class DirectoryService:
     def _forget(self, run: str, dirty: OrderedDict[str, None]) -> None:
         dirty.pop(run, None)
         self._written.pop(run, None)
+        self._noticed.pop(run, None)
         self._aside.pop(run, None)
 
     def _root(self, directory: str) -> Link:

@@ -149,6 +149,9 @@ def test_a_run_that_goes_on_is_written_once_a_minute_and_at_its_end_at_once(stor
         return sum(row["count"] for row in json.loads((directory / layout.RECORD).read_text())["summaries"])
 
     writer.step(clock.time)
+    assert not (directory / layout.RECORD).exists(), "a short one is written once, at its end"
+    clock.time += 10
+    writer.step(clock.time)
     assert counted() == 0
     store.commit([producer.points(series(4))])
     clock.time += 30
