@@ -74,9 +74,6 @@ def _line(name: str, tier: Tier) -> str:
     return f"{name:10} {tier.seconds:7.1f} s {limit:9} {tier.tests:5d} tests: {outcomes}{late}"
 
 
-_clock = TierClock()
-
-
 def is_on_ray(nodeid: str) -> bool:
     return nodeid.startswith(ON_RAY)
 
@@ -96,12 +93,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
     return Lanes(config, log)
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    _clock.count(report)
+class Teller:
+    """Says at once which test failed, not half an hour later; and at the end how long all took."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config, self._clock = config, TierClock()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._clock.count(report)
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = str(getattr(crash, "message", "")).partition("\n")[0][:200]
+            reporter.write_line(f"\nFAILED {report.nodeid} ({report.when}) {why}")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if lines := self._clock.lines():
+            terminalreporter.section("time of the tiers")
+            for line in lines:
+                terminalreporter.write_line(line)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _clock.tiers:
-        terminalreporter.section("time of the tiers")
-        for line in _clock.lines():
-            terminalreporter.write_line(line)
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker's reports come to the one process that prints
+        config.pluginmanager.register(Teller(config))
