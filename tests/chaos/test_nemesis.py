@@ -40,8 +40,7 @@ def test_no_target_is_broken_twice_at_once() -> None:
         over[fault.target] = fault
 
 
-@pytest.mark.host  # four minutes, with the undisturbed ones that it is compared with
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600)  # two to three minutes, with the undisturbed ones that it is compared with
 def test_a_job_and_a_sweep_under_random_faults_end_as_undisturbed_ones(orc: Orc, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     nemesis = Nemesis(orc, tmp_path, journal, epochs=8, trials=5, pause=0.15)

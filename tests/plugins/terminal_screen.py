@@ -127,6 +127,7 @@ class OnTerminal:
             os.close(begin)
             os.read(begun, 1)  # until the terminal has its size
             os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
             os.execve(sys.executable, [sys.executable, *words], variables)
         os.close(begun)
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)

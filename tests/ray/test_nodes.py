@@ -79,7 +79,7 @@ def test_a_worker_that_is_stopped_and_one_that_comes_late_are_told_from_the_outs
     orc(
         "run", "train=stands:train", "ways=stop-late", "at=15", "steps=50", "run.name=stands",
         "checkpoints.every_steps=10", "resources.placement=spread", "failures.max_restarts=2", "failures.backoff=0.1",
-        "failures.hang.least=12", "failures.hang.times=3", "failures.collective_timeout=30", timeout=400,
+        "failures.hang.least=12", "failures.hang.times=1.2", "failures.collective_timeout=30", timeout=400,
     )  # fmt: skip
     run = store.run(store.runs(search="stands")[0].run)
     stopped, late, last = store.attempts(run.run)

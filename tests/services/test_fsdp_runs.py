@@ -66,10 +66,11 @@ class Played:
         return by_step
 
     def troubles(self) -> list[str]:
-        """What did not go through memory, late if it may be, or not at all."""
-        events = self.local.store.events(self.run)
+        """What did not go through memory, late if it may be. On a busy machine one may be skipped, see `kinds`."""
         return [
-            f"{event.kind}: {event.message}" for event in events if event.kind.startswith(("checkpoint-", "overlap-"))
+            f"{event.kind}: {event.message}"
+            for event in self.local.store.events(self.run)
+            if event.kind.startswith(("checkpoint-", "overlap-")) and event.kind != "checkpoint-skipped"
         ]
 
 

@@ -47,7 +47,7 @@ class Recorder:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == self._kill_at:
             raise Broken
-        self.points += [[step, key, float(value)] for key, value in metrics.items()]
+        self.points += [[step, key, float(value)] for key, value in metrics.items() if not key.startswith("perf/")]
 
     def fact(self, fact: Fact) -> None:
         if fact.kind is FactKind.event and fact.data["kind"] == "resumed":
@@ -156,9 +156,12 @@ def test_a_killed_training_ends_bit_equal_to_one_that_was_not(tmp_path: Path, me
     for whole, rest in zip(results(tmp_path / "whole", 1), results(tmp_path / "parts", 2), strict=True):
         assert rest["weights"] == whole["weights"], f"killed at step {kill_at}"
         assert rest["points"] == whole["points"][-len(rest["points"]) :]
-        assert STEPS - len(rest["points"]) == (kill_at - 1) // 2 * 2
     (details,) = results(tmp_path / "parts", 2)[0]["resumed"]
     assert details["is_exact"]
+    step = STEPS - len(results(tmp_path / "parts", 2)[0]["points"])
+    assert details["checkpoint"].startswith(f"r1/step_{step:08d}-a1")
+    due = (kill_at - 1) // 2 * 2
+    assert step == due if mode == "direct" else 0 < step <= due, "a writer that was busy may have let one be skipped"
 
 
 @pytest.mark.parametrize("kill_at", [1, 2])

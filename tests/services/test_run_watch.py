@@ -163,6 +163,7 @@ def test_on_a_terminal_it_is_drawn_in_place_and_ctrl_c_gives_it_back(local: Loca
     logger = Logger(places(local.stack).spools, run=ticket.run, attempt=1, rank=0)
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
         words = ["-m", "orchestrator.cli.main", "--home", str(local.home), "watch", ticket.run, "--interval", "0"]
         os.execve(sys.executable, [sys.executable, *words], {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"})
     try:
