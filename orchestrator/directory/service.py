@@ -64,10 +64,12 @@ class DirectoryConfig:
     """Pause between steps."""
     first_after: float = 10.0
     """The first record of a run that goes on is due so long after it was noticed."""
+    settling: float = 1.5
+    """So long after its end was noticed the record of a run is due: what was on its way then is in it."""
     while_running: float = 60.0
     """Least time between two records of a run that goes on."""
     after_end: float = 5.0
-    """Least time between two of a run that has ended, when more of it arrives."""
+    """Least time between two of a run that has ended, when even more of it arrives."""
     metrics_every: float = 300.0
     """Least time between two metrics.csv of a run that goes on."""
     cheap_points: int = 200_000
@@ -120,8 +122,8 @@ class DirectoryService:
         self._roots: dict[str, Link] = {}
         self._backlog = Backlog(feed, SINK)
         self._written: dict[str, _Written] = {}
-        self._noticed: dict[str, float] = {}
-        """When, of those that go on and were not written yet."""
+        self._noticed: dict[tuple[str, bool], float] = {}
+        """(run, whether it had ended) -> when that was noticed, of what was not written yet."""
         self._aside: dict[str, _Aside] = {}
         self._count = 0
         self._last_error = ""
@@ -185,10 +187,9 @@ class DirectoryService:
         if (aside is not None and now < aside.until) or not self._root(directory).allows(now):
             return False
         written = self._written.get(run)
-        if status.is_terminal and (written is None or not written.is_final):
-            return True
-        if written is None:
-            return now >= self._noticed.setdefault(run, now) + self._config.first_after
+        if written is None or (status.is_terminal and not written.is_final):
+            pause = self._config.settling if status.is_terminal else self._config.first_after
+            return now >= self._noticed.setdefault((run, status.is_terminal), now) + pause
         return now >= written.at + (self._config.after_end if status.is_terminal else self._config.while_running)
 
     def _wants_metrics(self, run: str, status: RunStatus, points: int, now: float) -> bool:
@@ -220,7 +221,7 @@ class DirectoryService:
             return
         root.succeeded(self._clock.monotonic())
         self._aside.pop(run, None)
-        self._noticed.pop(run, None)
+        self._told(run)
         dirty.pop(run, None)
         self._count += 1
 
@@ -249,8 +250,12 @@ class DirectoryService:
     def _forget(self, run: str, dirty: OrderedDict[str, None]) -> None:
         dirty.pop(run, None)
         self._written.pop(run, None)
-        self._noticed.pop(run, None)
+        self._told(run)
         self._aside.pop(run, None)
+
+    def _told(self, run: str) -> None:
+        for has_ended in (False, True):
+            self._noticed.pop((run, has_ended), None)
 
     def _root(self, directory: str) -> Link:
         root = directory.rsplit("/", 2)[0]

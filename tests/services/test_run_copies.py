@@ -24,7 +24,7 @@ from orchestrator.backends import postgres as server_of
 from orchestrator.backends.storage import Storage
 from orchestrator.cli import main
 from orchestrator.directory import bundle, layout, metrics_file, record
-from orchestrator.directory.service import SINK, DirectoryService
+from orchestrator.directory.service import SINK, DirectoryConfig, DirectoryService
 from orchestrator.errors import NotFound, RunIsActive, UserError
 from orchestrator.records import FactKind, RunSpec, RunStatus, RunTicket
 from orchestrator.stack import Stack
@@ -119,7 +119,8 @@ def told(store: Store, run: str) -> tuple[record.Record, bytes]:
 
 
 def service(store: Store, clock: Clock, **more: Any) -> DirectoryService:
-    return DirectoryService(store, clock=clock, **more)
+    """One that writes at the first look what has ended."""
+    return DirectoryService(store, clock=clock, **{"config": DirectoryConfig(settling=0.0), **more})
 
 
 def test_a_finished_run_can_be_read_without_any_service(store: Store, tmp_path: Path) -> None:
@@ -139,10 +140,10 @@ def test_a_finished_run_can_be_read_without_any_service(store: Store, tmp_path: 
     assert (directory / layout.README).read_text().startswith("# A run")
 
 
-def test_a_run_that_goes_on_is_written_once_a_minute_and_at_its_end_at_once(store: Store, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_written_once_a_minute_and_soon_after_its_end(store: Store, tmp_path: Path) -> None:
     ticket = open_run(store, tmp_path)
     producer, clock = Producer(ticket), Clock()
-    writer = service(store, clock)
+    writer = service(store, clock, config=DirectoryConfig())
     directory = Path(ticket.directory)
 
     def counted() -> int:
@@ -168,6 +169,9 @@ def test_a_run_that_goes_on_is_written_once_a_minute_and_at_its_end_at_once(stor
     store.commit([producer.points(series(4, start=8))])
     store.transition(ticket.run, 1, RunStatus.failed, now=NOW)
     clock.time += 1
+    writer.step(clock.time)
+    assert counted() == 8, "what is on its way is waited for"
+    clock.time += 2
     writer.step(clock.time)
     assert counted() == 12
     late = producer.points(series(4, start=12))
