@@ -5,7 +5,8 @@
 * **A copy, the database is the truth.** Both files are written as a whole, from one moment of the database, and
   appear under their names when they are complete. So whatever dies anywhere, the next time writes the same again.
 * **In time.** The record within seconds of the run's end and at most once a minute before, first when the run is some
-  seconds old: of a short trial it is written once. The points at the end, and while a run is small every few minutes. What is committed after the end makes both be written again.
+  seconds old: of a short trial it is written once. The points at the end, and while a run is small every few minutes.
+  What is committed after the end makes both be written again.
 * **Patient.** A storage that fails is left alone for growing pauses, one warning when that begins and one line
   when it is over; runs elsewhere go on.
 """

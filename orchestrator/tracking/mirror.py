@@ -27,7 +27,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -104,6 +104,10 @@ class Feed(Protocol):
     def unlock(self, sink: str) -> None: ...
 
     def changed_runs(self, after: int = 0) -> ChangedRuns: ...
+
+    def whereabouts(self, runs: Iterable[str]) -> Mapping[str, tuple[RunStatus, str]]:
+        """Status and directory of each that is there."""
+        ...
 
     def facts_after(self, run: str, cursor: int = 0) -> FactChanges: ...
 
@@ -323,6 +327,9 @@ class MirrorService:
     def _copy_in_turn(self, dirty: OrderedDict[str, None], now: float) -> None:
         deadline = now + self._config.budget
         due = self._turns.due(dirty, now)
+        if resting := self._turns.resting(dirty, now):
+            found = self._feed.whereabouts(resting)
+            self._turns.ended([run for run, (status, _) in found.items() if status.is_terminal], now)
         part = self._config.budget if len(due) == 1 else self._config.budget / PART
         for run in due:
             until = min(deadline, self._clock.monotonic() + part)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 LEISURE = 4.0
 """Small visits take at most one part in so many of the time. A request costs a server about 20 ms, however few points
 it carries; so where many runs log a little, each is visited less often and brings more."""
+SETTLING = 0.5
+"""Seconds after its end was noticed in which a run is not visited for it: what was on its way then comes, too."""
 
 
 @dataclass(slots=True)
@@ -39,6 +41,15 @@ class Turns:
         self._next = {run: at for run, at in self._next.items() if at > now}
         self._visited = {run: at for run, at in self._visited.items() if at > now - self._linger}
         return [run for run in runs if run not in self._next and not self._is_aside(run, now)]
+
+    def resting(self, runs: Iterable[str], now: float) -> list[str]:
+        """Those that are not due because they were just visited."""
+        return [run for run in runs if self._next.get(run, now) > now and run not in self._waiting]
+
+    def ended(self, runs: Iterable[str], now: float) -> None:
+        """Of these nothing more is to be waited for."""
+        for run in runs:
+            self._next[run] = min(self._next.get(run, now), now + SETTLING)
 
     def is_any_ready(self, runs: Iterable[str], now: float) -> bool:
         """Whether another step would come further at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,10 @@ class MemoryFeed:
         self._answer()
         runs = tuple(run for run, row in self._runs.items() if row["changed"] > after)
         return ChangedRuns(runs=runs, cursor=self._changes)
+
+    def whereabouts(self, runs: Iterable[str]) -> dict[str, tuple[RunStatus, str]]:
+        self._answer()
+        return {run: (self._runs[run]["status"], "") for run in runs if run in self._runs}
 
     def facts_after(self, run: str, cursor: int = 0) -> FactChanges:
         self._answer()

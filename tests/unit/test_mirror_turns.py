@@ -36,6 +36,18 @@ def test_of_many_runs_each_waits_for_more_and_a_single_one_does_not() -> None:
     assert some.due(["a"], 114.0) == ["a"]  # the others are silent
 
 
+def test_a_run_that_has_ended_waits_for_nothing_but_what_was_on_its_way() -> None:
+    some = turns()
+    for run in ("a", "b", "c"):
+        some.visited(run, 100.0, seconds=1.0, is_small=True, waits=run == "b")
+    assert some.due(["a", "b", "c"], 101.0) == ["a"]
+    assert some.resting(["a", "b", "c"], 101.0) == ["c"], "b waits for its own points"
+    for now in (101.0, 101.4):
+        some.ended(["c"], now)
+        assert some.due(["c"], now) == []
+    assert some.due(["c"], 101.5) == ["c"]
+
+
 def test_a_run_with_much_to_copy_goes_on_at_its_next_turn() -> None:
     some = turns()
     some.visited("b", 100.0, seconds=2.0, is_small=False, waits=False)
