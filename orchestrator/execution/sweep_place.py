@@ -210,6 +210,8 @@ class SweepPlace:
         self._lock = threading.Lock()
         self._is_to_stop = threading.Event()
         self._pool: LanePool | None = None
+        self._ending: threading.Thread | None = None
+        """Lets lanes go after the last job."""
         self._meter = Meter(self._joules)
         self._newest: tuple[str, Job] | None = None
 
@@ -267,6 +269,8 @@ class SweepPlace:
         for each in running:
             if each.place is not None:
                 each.place.close()
+        if self._ending is not None:
+            self._ending.join()
         self._inner.close()
 
     # -- the sweep
@@ -341,9 +345,15 @@ class SweepPlace:
                 directory=Path(self._stack.home) / "ray" / "tune",
                 on_turn=turns.turn,
             )
+        except BaseException:
+            pool.close()  # jobs may be running: nobody shall go on with the sweep before they are gone
+            raise
+        else:
+            # Ray Train takes a second to end a group, in which the sweep's record can be saved; `close` waits for it.
+            self._ending = threading.Thread(target=pool.close, name="sweep lanes end", daemon=True)
+            self._ending.start()
         finally:
             self._pool = None
-            pool.close()
 
     def _core(self, ticket: RunTicket, settings: Settings, room: int, unmeasured: str) -> Core:
         told = _with_objective(settings)
