@@ -236,7 +236,11 @@ class Campaign:
             assert may_end or process.poll() is None, self._said(process)
             return what()
 
-        wait_until(seen, LONGEST, why)
+        try:
+            wait_until(seen, LONGEST, why)
+        except AssertionError as error:
+            process.kill()
+            raise AssertionError(f"{error}\n{self._said(process)}") from None
 
     def _said(self, process: subprocess.Popen[str]) -> str:
         try:
