@@ -222,7 +222,7 @@ class DirectoryService:
             return
         root.succeeded(self._clock.monotonic())
         self._aside.pop(run, None)
-        self._told(run)
+        self._drop_notices(run)
         dirty.pop(run, None)
         self._count += 1
 
@@ -251,10 +251,10 @@ class DirectoryService:
     def _forget(self, run: str, dirty: OrderedDict[str, None]) -> None:
         dirty.pop(run, None)
         self._written.pop(run, None)
-        self._told(run)
+        self._drop_notices(run)
         self._aside.pop(run, None)
 
-    def _told(self, run: str) -> None:
+    def _drop_notices(self, run: str) -> None:
         for has_ended in (False, True):
             self._noticed.pop((run, has_ended), None)
 

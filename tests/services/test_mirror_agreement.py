@@ -249,6 +249,7 @@ def test_a_slow_server_is_left_alone_and_the_other_runs_go_on(
             time.sleep(0.02)  # the real servers' time
         proxy.rule = lambda request: PASS
         settle(mirror, store)
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "30"  # of the whole process: the mirror's second is not for who looks
     for ticket in (slow, quick):
         run = run_of(client, "slow", f"tags.`orc.run_id` = '{ticket.run}'")
         assert history(client, run.info.run_id, "loss") == canonical(store, ticket.run, "loss")
