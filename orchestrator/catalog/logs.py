@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from orchestrator.backends.storage import Storage
 
 DRIVER = "driver"
-STRUCTURED = ".jsonl"
-SOURCE = re.compile(r"(driver|rank-\d{1,6})(\.jsonl)?")
-"""Every source there is; with the ending, its structured lines. A name that somebody sends is compared with it before
-it becomes part of a path."""
+STRUCTURED, STACKS = ".jsonl", ".stack"
+SOURCE = re.compile(r"driver(\.jsonl)?|rank-\d{1,6}(\.jsonl|\.stack)?")
+"""Every source there is; with an ending, its structured lines, or where its threads stood when the run hung. A name
+that somebody sends is compared with it before it becomes part of a path."""
 
 MOST = 1 << 20
 """Bytes given by one `read`."""
@@ -24,13 +24,18 @@ def path(attempt: int, source: str) -> str:
     """Of a source's file, within the run's directory. Raises NotFound for what is no source."""
     if not SOURCE.fullmatch(source):
         raise NotFound("log", source)
-    return f"logs/attempt-{int(attempt)}/{source if source.endswith(STRUCTURED) else f'{source}.log'}"
+    return f"logs/attempt-{int(attempt)}/{source if kind_of(source) else f'{source}.log'}"
 
 
-def _place(source: str) -> tuple[bool, int]:
-    """Text before structured lines, the driver before the ranks."""
-    name = source.removesuffix(STRUCTURED)
-    return name != source, -1 if name == DRIVER else int(name.removeprefix("rank-"))
+def kind_of(source: str) -> str:
+    """STRUCTURED, STACKS, or "" for text."""
+    return next((each for each in (STRUCTURED, STACKS) if source.endswith(each)), "")
+
+
+def _place(source: str) -> tuple[int, int]:
+    """Text before structured lines before stacks, the driver before the ranks."""
+    name = source.removesuffix(kind := kind_of(source))
+    return ("", STRUCTURED, STACKS).index(kind), -1 if name == DRIVER else int(name.removeprefix("rank-"))
 
 
 class StoredLogs:
@@ -49,7 +54,7 @@ class StoredLogs:
         sizes = {
             entry.name.removesuffix(".log"): entry.size_bytes
             for entry in entries
-            if not entry.is_dir and entry.name.endswith((".log", STRUCTURED))
+            if not entry.is_dir and entry.name.endswith((".log", STRUCTURED, STACKS))
         }
         return {name: sizes[name] for name in sorted(filter(SOURCE.fullmatch, sizes), key=_place)}
 

@@ -41,8 +41,8 @@ class LogFiles(Protocol):
         ...
 
     def sources(self, attempt: int) -> dict[str, int]:
-        """`driver`, `rank-0`, `rank-1` …, then `driver.jsonl` …, the structured lines beside them; as far as they have
-        a file, each with the size of its file in bytes.
+        """`driver`, `rank-0`, `rank-1` …, then `driver.jsonl` …, the structured lines beside them, then
+        `rank-0.stack` … of an attempt that hung; as far as they have a file, each with the size of its file in bytes.
         """
         ...
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator import json_logs
 from orchestrator.catalog import Catalog, LogFiles
-from orchestrator.catalog.logs import DRIVER, StoredLogs
+from orchestrator.catalog.logs import DRIVER, STACKS, STRUCTURED, StoredLogs, kind_of
 from orchestrator.cli import logfiles, text
 from orchestrator.cli.access import asked_catalog, told_url
 from orchestrator.cli.output import Output
@@ -49,11 +49,13 @@ def logs(arguments: argparse.Namespace, output: Output) -> int:
     with _logged(arguments, output) as run:
         is_coming = arguments.follow and not run.has_ended()
         attempt = max(1, run.attempt) if is_coming else _attempt(run, arguments.attempt)
-        show = Lines(run.files, attempt, arguments.rank, arguments.tail, is_structured=arguments.structured)
+        kind = STACKS if arguments.stacks else STRUCTURED if arguments.structured else ""
+        rank = arguments.rank or ("all" if arguments.stacks else "")
+        show = Lines(run.files, attempt, rank, arguments.tail, kind=kind)
         if arguments.follow:
             follow(show, output, run.has_ended, time.sleep)
             return 0
-        names = _wanted(show, run, arguments.rank)
+        names = _wanted(show, run)
         if arguments.json:
             output.result(_document(run, show, names), lambda: None)
             return 0
@@ -62,12 +64,13 @@ def logs(arguments: argparse.Namespace, output: Output) -> int:
 
 
 class Lines:
-    """Chosen log files of one attempt. `all` reads them once, `news` what was added since the last time."""
+    """Chosen log files of one attempt. `all` reads them once, `news` what was added since the last time.
 
-    def __init__(
-        self, files: LogFiles, attempt: int, rank: str, tail: int | None = None, *, is_structured: bool = False
-    ) -> None:
-        self.files, self.attempt, self._rank, self._is_structured = files, attempt, rank, is_structured
+    `kind` is STRUCTURED, STACKS, or "" for text.
+    """
+
+    def __init__(self, files: LogFiles, attempt: int, rank: str, tail: int | None = None, *, kind: str = "") -> None:
+        self.files, self.attempt, self.rank, self.kind = files, attempt, rank, kind
         self._readers: dict[str, logfiles.Reader] = {}
         self._tail = tail
         for name in self.names():
@@ -75,27 +78,31 @@ class Lines:
         self._tail = None  # who appears later is read from its beginning
 
     def names(self) -> list[str]:
-        known = self.files.sources(self.attempt)
-        chosen = selected([name for name in known if not name.endswith(json_logs.ENDING)], self._rank)
-        return [name for name in chosen if self.source(name) in known]
+        known = [name for name in self.files.sources(self.attempt) if kind_of(name) == self.kind]
+        return selected([name.removesuffix(self.kind) for name in known], self.rank)
 
     def source(self, name: str) -> str:
-        return f"{name}{json_logs.ENDING}" if self._is_structured else name
+        return f"{name}{self.kind}"
 
     def of(self, name: str) -> Iterator[str]:
         """All lines of one source, as they stand in its file."""
         return self._reader(name).lines(is_final=True)
 
     def all(self, names: Sequence[str]) -> Iterator[str]:
-        if self._is_structured:
+        if self.kind == STRUCTURED:
             return heapq.merge(*(self.of(name) for name in names), key=json_logs.time_of)
-        return (labelled(name, line, self._rank) for name in names for line in self.of(name))
+        return (self._labelled(name, line) for name in names for line in self.of(name))
 
     def news(self, *, is_final: bool) -> list[str]:
         lines = ((name, line) for name in self.names() for line in self._reader(name).lines(is_final=is_final))
-        if self._is_structured:
+        if self.kind == STRUCTURED:
             return sorted((line for _, line in lines), key=json_logs.time_of)
-        return [labelled(name, line, self._rank) for name, line in lines]
+        return [self._labelled(name, line) for name, line in lines]
+
+    def _labelled(self, name: str, line: str) -> str:
+        """One rank alone speaks plainly, and stacks say whose they are; several sources say who they are."""
+        is_plain = self.kind == STACKS or self.rank not in ("", "all")
+        return line if is_plain else f"{name} | {line}"
 
     def _reader(self, name: str) -> logfiles.Reader:
         if name not in self._readers:
@@ -126,11 +133,6 @@ def selected(available: list[str], rank: str) -> list[str]:
     if rank:
         return [name for name in available if name == f"rank-{rank}"]
     return [name for name in available if name in (DRIVER, "rank-0")]
-
-
-def labelled(name: str, line: str, rank: str) -> str:
-    """One rank alone speaks plainly; several sources say who they are."""
-    return line if rank and rank != "all" else f"{name} | {line}"
 
 
 # -- which run
@@ -196,11 +198,14 @@ def _attempt(run: Logged, asked: int | None) -> int:
     return asked or found[-1]
 
 
-def _wanted(lines: Lines, run: Logged, rank: str) -> list[str]:
+def _wanted(lines: Lines, run: Logged) -> list[str]:
     names = lines.names()
     if not names:
         has = ", ".join(lines.files.sources(lines.attempt)) or "none"
-        raise UserError(f"Attempt {lines.attempt} of run {run.name} has no log of rank {rank or 0}. There is: {has}.")
+        what = {STACKS: "stacks", STRUCTURED: "JSON lines"}.get(lines.kind, "log")
+        whose = "any rank" if lines.rank == "all" else f"rank {lines.rank or 0}"
+        why = " Stacks are written when a run hangs." if lines.kind == STACKS else ""
+        raise UserError(f"Attempt {lines.attempt} of run {run.name} has no {what} of {whose}.{why} There is: {has}.")
     return names
 
 

@@ -292,7 +292,9 @@ def _logs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attempt", metavar="N", type=_positive, help="default: the newest")
     parser.add_argument("--tail", "-n", metavar="N", type=_natural, help="only the last N lines of each file")
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
-    parser.add_argument("--structured", action="store_true", help="the JSON lines instead, of all sources by time")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--structured", action="store_true", help="the JSON lines instead, of all sources by time")
+    kind.add_argument("--stacks", action="store_true", help="where the threads of its ranks stood when it hung")
     parser.add_argument(
         "--service", metavar="NAME", default="", help="the log of a service instead: tracker, mirror, node, mlflow …"
     )

@@ -12,6 +12,8 @@ from orchestrator.config.redaction import redact_url
 from orchestrator.errors import ConfigError
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+BUCKETS = {"s3": "bucket", "gs": "bucket", "gcs": "bucket", "abfs": "container", "abfss": "container"}
+"""Storages whose URL names one of these first."""
 _KEY = "storage.url"
 
 
@@ -24,7 +26,8 @@ def storage_location(url: str) -> str:
 
 
 def check_storage(url: str) -> None:
-    """Raises ConfigError for a scheme that nobody knows and for a local path that cannot be created or written."""
+    """Raises ConfigError for a scheme that nobody knows, a URL without its bucket or with a slash too few, and for a
+    local path that cannot be created or written."""
     scheme = _scheme(url)
     if scheme and scheme not in SCHEMES:
         hint = did_you_mean(f"{scheme}://", [f"{known}://" for known in SCHEMES])
@@ -34,6 +37,13 @@ def check_storage(url: str) -> None:
             f"there is no storage of the kind {scheme}://.",
             hint or f"Known: {', '.join(SCHEMES)}.",
         )
+    if scheme in BUCKETS and not urlsplit(url).netloc:
+        what = BUCKETS[scheme]
+        raise ConfigError(_KEY, redact_url(url), f"it names no {what}.", f"Write {scheme}://{what}/path.")
+    if (begins := url.partition(":/")[0].lower()) in SCHEMES and not scheme:
+        why = f"{begins}: is followed by one slash, so this would be a local directory of that name."
+        whole = f"{begins}:/{'/' * (begins == 'file')}{url.partition(':')[2]}"
+        raise ConfigError(_KEY, redact_url(url), why, f"Write {whole}.")
     if not url or scheme not in ("", "file"):
         return
     path = Path(storage_location(url))

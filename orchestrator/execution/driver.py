@@ -37,6 +37,7 @@ from orchestrator.config.settings import Guarded, LimitsConfig, Settings
 from orchestrator.directory import layout
 from orchestrator.directory.identity import Identity
 from orchestrator.errors import ConfigError, RunIsActive, ServiceUnavailable, UserError
+from orchestrator.execution import stacks
 from orchestrator.execution.lookout import Lookout
 from orchestrator.execution.moving import Move, Purpose, Surroundings
 from orchestrator.execution.network import with_network
@@ -397,7 +398,7 @@ class _Attempt:
             logger.info("attempt %d of run %s begins", self._ticket.attempt, self._ticket.run)
             status, reason, error = self._ended(self._described_and_trained)
             logger.info("it ended %s %s", status.value, reason)
-        copy_to_storage(self._ticket, log, structured(log))
+        copy_to_storage(self._ticket, log, structured(log), *stacks.written(log.parent))
         return status, reason, error
 
     def _described_and_trained(self) -> Ending:

@@ -291,6 +291,11 @@ def words(dumps: Sequence[Dump], behind: int = 0) -> str:
     return f"{said}."
 
 
+def written(directory: Path) -> list[Path]:
+    """What `write` wrote there."""
+    return sorted(directory.glob("rank-*.stack"))
+
+
 def write(directory: Path, dumps: Sequence[Dump], at: float) -> list[Path]:
     """`rank-0.stack` … in the directory of an attempt's logs; a later dump is added below. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -596,6 +596,7 @@ class SweepPlace:
             dumps = (running.place or self._inner).stacks(ticket)
             logs = log_path(ticket, -1).parent
             files = stacks.write(logs, dumps, time.time())
+            copy_to_storage(ticket, *files)
         except Exception:
             logger.warning("the ranks of trial %d could not be looked into", running.assigned.trial, exc_info=True)
             return ""

@@ -131,6 +131,7 @@ class Campaign:
         if not self._kill(victim, sweep, process):
             return process
         self.kills[victim] += 1
+        print(f"kill {self.kills.total()}: {victim}, after {begun} starts of ranks in sweep {self.sweeps}", flush=True)
         if victim == "driver":
             process.wait()
             return self._resume(sweep)

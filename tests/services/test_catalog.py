@@ -317,11 +317,13 @@ def test_logs_are_read_from_any_offset(catalog: Catalog, recorded: Recorded) -> 
     (directory / "rank-10.log").write_bytes(content)
     for name in ("driver", "rank-2"):
         (directory / f"{name}.log").write_bytes(b"hello\n")
+    (directory / "rank-2.stack").write_bytes(b"Thread 1\n")
     (directory / "notes.txt").write_text("no log")
     logs = catalog.logs(recorded.rich.run)
     assert logs.attempts() == [2]
-    assert logs.sources(2) == {"driver": 6, "rank-2": 6, "rank-10": len(content)}
-    assert list(logs.sources(2)) == ["driver", "rank-2", "rank-10"]
+    assert logs.sources(2) == {"driver": 6, "rank-2": 6, "rank-10": len(content), "rank-2.stack": 9}
+    assert list(logs.sources(2)) == ["driver", "rank-2", "rank-10", "rank-2.stack"]
+    assert logs.read(2, "rank-2.stack", 0, 100) == b"Thread 1\n"
     assert logs.sources(7) == {}
     read = b""
     while piece := logs.read(2, "rank-10", len(read), 1 << 20):

@@ -79,6 +79,9 @@ def test_the_line_on_which_a_rank_hangs_is_named(local: LocalStack, way: str, wh
     assert f"in {where}" in Path(run.error["stacks"][1]).read_text()
     assert f"is in {where} at" in printed, "one of the five lines"
     assert "max_restarts is 0" in printed
+    shown, _ = local.run("-m", "orchestrator.cli.main", "logs", run.run, "--stacks", "--rank", "1", cwd=PROJECT)
+    assert shown.startswith("Rank 1, pid ")
+    assert f"in {where}" in shown
 
 
 def test_a_run_saves_and_ends_when_its_hours_are_used_up_and_has_none_left_afterwards(local: LocalStack) -> None:

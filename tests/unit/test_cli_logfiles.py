@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.catalog.logs import StoredLogs, path
+from orchestrator.catalog.logs import STACKS, STRUCTURED, StoredLogs, path
 from orchestrator.cli import logfiles
 from orchestrator.cli.logs import Lines, follow
 from orchestrator.cli.output import Output
@@ -72,7 +72,18 @@ def test_structured_lines_of_all_ranks_come_in_the_order_of_time(tmp_path: Path)
         write(tmp_path, 1, f"rank-{rank}", "text\n")
         write(tmp_path, 1, f"rank-{rank}.jsonl", "".join(json.dumps({"time": at}) + "\n" for at in times))
     write(tmp_path, 1, "driver", "has no structured lines\n")
-    lines = Lines(StoredLogs(str(tmp_path)), 1, "all", is_structured=True)
+    lines = Lines(StoredLogs(str(tmp_path)), 1, "all", kind=STRUCTURED)
     assert [json.loads(line)["time"] for line in lines.all(lines.names())] == [1.0, 2.0, 3.0, 4.0]
-    last = Lines(StoredLogs(str(tmp_path)), 1, "all", 1, is_structured=True)
+    last = Lines(StoredLogs(str(tmp_path)), 1, "all", 1, kind=STRUCTURED)
     assert [json.loads(line)["time"] for line in last.all(last.names())] == [3.0, 4.0]
+
+
+def test_stacks_are_shown_as_they_are_written_and_no_other_kind_shows_them(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        write(tmp_path, 1, f"rank-{rank}", "text\n")
+        write(tmp_path, 1, f"rank-{rank}.stack", f"Rank {rank}, pid 7\nThread 0x1\n")
+    lines = Lines(StoredLogs(str(tmp_path)), 1, "all", kind=STACKS)
+    assert list(lines.all(lines.names())) == ["Rank 0, pid 7", "Thread 0x1", "Rank 1, pid 7", "Thread 0x1"]
+    assert [lines.source(name) for name in lines.names()] == ["rank-0.stack", "rank-1.stack"]
+    text = Lines(StoredLogs(str(tmp_path)), 1, "all")
+    assert list(text.all(text.names())) == ["rank-0 | text", "rank-1 | text"]

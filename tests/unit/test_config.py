@@ -247,6 +247,10 @@ def test_wrong_key_is_refused_with_the_nearest_right_one(override: str, key: str
         ("run.name=[a]", "must be text, not a list"),
         ("tracking.lease=3", "must be at least three heartbeats"),
         ("storage.url=s4://bucket", "Did you mean s3://?"),
+        ("storage.url=s3://", "Write s3://bucket/path."),
+        ("storage.url=abfss:///runs", "Write abfss://container/path."),
+        ("storage.url=s3:/bucket/runs", "Write s3://bucket/runs."),
+        ("storage.url=file:/data/runs", "Write file:///data/runs."),
     ],
 )
 def test_wrong_value_is_refused_in_words(override: str, sentence: str) -> None:

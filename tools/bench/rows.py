@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +43,27 @@ def save(name: str, rows: Sequence[Row]) -> None:
 
 def load(name: str) -> list[Row]:
     return [Row(**row) for row in json.loads(_file(name).read_text())] if _file(name).exists() else []
+
+
+def run(name: str, parts: Mapping[str, Callable[[], Iterable[Row]]], wanted: Sequence[str], *, is_whole: bool) -> int:
+    """Runs those parts, each with its table and its rows in the file, and gives the exit code: 1 if a bar is missed.
+
+    `is_whole`: the file begins anew, for rows of an earlier run that this one does not have would stay.
+    """
+    if is_whole:
+        _file(name).unlink(missing_ok=True)
+    holds = True
+    for part in wanted:
+        found: list[Row] = []
+        try:
+            for row in parts[part]():  # row by row: what was measured before an interruption is kept
+                found.append(row)
+        finally:
+            save(name, found)
+        print(f"\n{part}\n{table(found)}", flush=True)
+        holds = holds and all(row.holds is not False for row in found)
+    print(f"\nbars\n{table([row for row in load(name) if row.required is not None])}", flush=True)
+    return 0 if holds else 1
 
 
 def _file(name: str) -> Path:

@@ -21,7 +21,7 @@ import profile_call  # noqa: E402
 import stall  # noqa: E402
 from environment import ROOT, peers_python  # noqa: E402
 from plan import EVERYONE, Plan  # noqa: E402
-from rows import BUILD, Row, load, save, table  # noqa: E402
+from rows import Row, run  # noqa: E402
 
 PARTS = "stall,lost,durable,restore,loop,memory"
 
@@ -48,19 +48,7 @@ def main() -> int:
             profile_call.measure(plan, tensors, world) for world in given.ranks for tensors in given.tensors
         ),
     }
-    if given.only == PARTS:  # rows of an earlier run that this one does not have would stay
-        (BUILD / "checkpoints.json").unlink(missing_ok=True)
-    holds = True
-    for name in given.only.split(","):
-        found: list[Row] = []
-        try:
-            found += parts[name]()  # row by row: what was measured before an interruption is kept
-        finally:
-            save("checkpoints", found)
-        print(f"\n{name}\n{table(found)}", flush=True)
-        holds = holds and all(row.holds is not False for row in found)
-    print(f"\nbars\n{table([row for row in load('checkpoints') if row.required is not None])}", flush=True)
-    return 0 if holds else 1
+    return run("checkpoints", parts, given.only.split(","), is_whole=given.only == PARTS)
 
 
 def _each(many: Iterable[Iterable[Row]]) -> Iterable[Row]:

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).par
 import kill  # noqa: E402
 import node  # noqa: E402
 import services  # noqa: E402
-from rows import BUILD, Row, load, save, table  # noqa: E402
+from rows import Row, run  # noqa: E402
 
 PARTS = "kill,node,services,guards"
 
@@ -28,20 +28,7 @@ def main() -> int:
         "services": lambda: services.measure(given.blocks, given.seconds),
         "guards": lambda: _guards(given.quick),
     }
-    if given.only == PARTS:  # rows of an earlier run that this one does not have would stay
-        (BUILD / "failures.json").unlink(missing_ok=True)
-    holds = True
-    for name in given.only.split(","):
-        found: list[Row] = []
-        try:
-            for row in parts[name]():  # row by row: what was measured before an interruption is kept
-                found.append(row)
-        finally:
-            save("failures", found)
-        print(f"\n{name}\n{table(found)}", flush=True)
-        holds = holds and all(row.holds is not False for row in found)
-    print(f"\nbars\n{table([row for row in load('failures') if row.required is not None])}", flush=True)
-    return 0 if holds else 1
+    return run("failures", parts, given.only.split(","), is_whole=given.only == PARTS)
 
 
 def _guards(is_quick: bool) -> Iterator[Row]:

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).par
 import asha_vs_random  # noqa: E402
 import many  # noqa: E402
 import short  # noqa: E402
-from rows import BUILD, Row, load, save, table  # noqa: E402
+from rows import Row, run  # noqa: E402
 
 PARTS = "asha,short,lanes,instant,late"
 
@@ -29,20 +29,7 @@ def main() -> int:
         "instant": lambda: many.instant(given.instant, given.late),
         "late": lambda: many.late(given.finished, given.late),
     }
-    if given.only == PARTS:  # rows of an earlier run that this one does not have would stay
-        (BUILD / "sweeps.json").unlink(missing_ok=True)
-    holds = True
-    for name in given.only.split(","):
-        found: list[Row] = []
-        try:
-            for row in parts[name]():  # row by row: what was measured before an interruption is kept
-                found.append(row)
-        finally:
-            save("sweeps", found)
-        print(f"\n{name}\n{table(found)}", flush=True)
-        holds = holds and all(row.holds is not False for row in found)
-    print(f"\nbars\n{table([row for row in load('sweeps') if row.required is not None])}", flush=True)
-    return 0 if holds else 1
+    return run("sweeps", parts, given.only.split(","), is_whole=given.only == PARTS)
 
 
 def _arguments() -> argparse.Namespace:
