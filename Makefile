@@ -10,7 +10,7 @@
 # make bench-checkpoints  what a save costs a training, beside torch.save, DCP, Ray Train and others (ARGS="--only stall"); about an hour
 # make campaign-checkpoints  kills trainers and writers 200 times at random and checks what loads after each, beside DCP and Ray Train
 # make bench-sweeps  what a sweep costs, beside Ray Tune over TorchTrainer and bare processes (ARGS="--only asha", "--quick"); an hour and a half
-# make bench-failures  what a killed worker, a lost node, killed services and the guards cost (ARGS="--only kill"); half an hour
+# make bench-failures  what a killed worker, a lost node, killed services and the guards cost (ARGS="--only kill"); three quarters of an hour
 # make campaign-sweeps  kills drivers, workers, groups, trackers and heads of sweeps at random and compares the tables of trials
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=/path another place for the environment.
 

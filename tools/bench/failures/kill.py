@@ -52,7 +52,8 @@ class Recovery:
     new: float
     """The first step that no attempt had made before is made."""
     since_checkpoint: float
-    """From the state that the next attempt began with to the kill."""
+    """From the state that the next attempt began with to the kill; of one that an earlier attempt had saved, from this
+    attempt's first step."""
     start: float
     """The worker start time, of the run's first attempt."""
 
@@ -97,10 +98,10 @@ def warm(stack: BenchStack) -> None:
         stack.orc("run", *words(Path(journal), epochs=2))
 
 
-def words(journal: Path, *, epochs: int = 1_000_000, name: str = "") -> list[str]:
+def words(journal: Path, *, epochs: int = 1_000_000, name: str = "", workers: int = 2) -> list[str]:
     return [
         "train=tools.bench.failures.subject:digits", f"journal={journal}", f"epochs={epochs}", f"run.name={name}",
-        "run.experiment=bench-failures", "resources.workers=2", "checkpoints.every_epochs=0",
+        "run.experiment=bench-failures", f"resources.workers={workers}", "checkpoints.every_epochs=0",
         f"checkpoints.every_minutes={CHECKPOINT_EVERY / 60}", "failures.max_restarts=-1", "failures.max_repeats=0",
     ]  # fmt: skip
 
@@ -121,7 +122,7 @@ def recoveries(stack: BenchStack, repetitions: int, by_lot: random.Random) -> It
                 os.kill(victim["pid"], signal.SIGKILL)
                 until(lambda a=attempt, r=reached: is_past(journal, a + 1, r), "new steps", process)
                 found = recovery(stack, journal, attempt, killed)
-                tell(f"kill {attempt}: {found} ratio {found.ratio:.2f} ({newest} checkpoints)")
+                tell(f"kill {attempt} at step {reached}, {newest} checkpoints: {found} ratio {found.ratio:.2f}")
                 yield found
         finally:
             process.send_signal(signal.SIGTERM)
@@ -145,7 +146,7 @@ def recovery(stack: BenchStack, journal: Path, attempt: int, killed: float) -> R
         began=max(each["at"] for each in subject.began(journal) if each["attempt"] == attempt + 1) - killed,
         first=after[0].at - killed,
         new=next(step.at for step in after if step.number > last) - killed,
-        since_checkpoint=killed - at.get(after[0].number - 1, killed),
+        since_checkpoint=killed - at.get(after[0].number - 1, before[0].at),
         start=first_attempt[0].at - beginning,
     )
 

@@ -1,13 +1,18 @@
 """The tracker, or a checkpoint writer, is killed again and again beside a training: what its steps notice of that.
 
-One run, blocks of time by turns: in some of them the service is killed every ten seconds, in the others it is left in
-peace. A step is timed by the training itself, from one optimizer step to the next within an epoch: what it does between
-epochs, to evaluate, to report and to save, is looked at on its own.
+A run with one worker, and one with two. What dies is started again by Ray, which takes a processor for a second or two:
+on a machine of two, a training of one worker leaves one for that and one of two workers none, so the former tells what
+a training notices of a service that is gone, and the latter what a busy machine does besides.
+
+Of each run, blocks of time by turns: in some of them the service is killed every ten seconds, in the others it is left
+in peace. A step is timed by the training itself, from one optimizer step to the next within an epoch: what it does
+between epochs, to evaluate, to report and to save, is looked at on its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import statistics
@@ -36,14 +41,15 @@ def measure(blocks: int, seconds: float) -> Iterator[Row]:
     with BenchStack(cpus=2) as stack:
         kill.warm(stack)
         for service in TITLES:
-            yield from _killed(stack, service, blocks, seconds)
+            for workers in (1, 2):
+                yield from _killed(stack, service, workers, blocks, seconds)
 
 
-def _killed(stack: BenchStack, service: str, blocks: int, seconds: float) -> Iterator[Row]:
+def _killed(stack: BenchStack, service: str, workers: int, blocks: int, seconds: float) -> Iterator[Row]:
     by_lot = random.Random(0)
     with tempfile.TemporaryDirectory() as directory:
         journal = Path(directory)
-        command = stack.command("run", *kill.words(journal, name=f"without-{service}"))
+        command = stack.command("run", *kill.words(journal, name=f"without-{service}-{workers}", workers=workers))
         process = subprocess.Popen(command, env=child(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         """Begin and end of each block, with kills and without."""
@@ -57,9 +63,9 @@ def _killed(stack: BenchStack, service: str, blocks: int, seconds: float) -> Ite
                         kills += is_disturbed and _kill(stack, service)
                         time.sleep(EVERY)
                     times[is_disturbed].append((began, time.time()))
-                tell(f"{service}: block {number + 1} of {blocks}, {kills} kills")
+                tell(f"{service}, {workers} workers: block {number + 1} of {blocks}, {kills} kills")
             assert process.poll() is None, "the run has ended"
-            assert len(subject.began(journal)) == 2, "no worker was started again"
+            assert len(subject.began(journal)) == workers, "no worker was started again"
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
@@ -67,7 +73,7 @@ def _killed(stack: BenchStack, service: str, blocks: int, seconds: float) -> Ite
     quiet, disturbed = ([_percentiles(made, *block) for block in times[which]] for which in (False, True))
     ratios = [100 * (after[1] / before[1] - 1) for before, after in zip(quiet, disturbed, strict=True)]
     middles = [100 * (after[0] / before[0] - 1) for before, after in zip(quiet, disturbed, strict=True)]
-    name = f"{service} killed every {EVERY:.0f} s"
+    name = f"{service} killed every {EVERY:.0f} s, {workers} worker{'s' * (workers > 1)} on {os.cpu_count()} cores"
     yield at_most(f"{name}: % that the p99 of the step time grows", statistics.median(ratios), BAR_PERCENT, "%")
     yield printed(f"{name}: % that the median of the step time grows", statistics.median(middles), "%")
     yield printed(f"{name}: p99 of the step time in peace", 1e3 * statistics.median(each[1] for each in quiet), "ms")
