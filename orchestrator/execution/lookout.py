@@ -30,6 +30,11 @@ ENDING = 120.0
 """Seconds in which a place notices that its ranks were ended."""
 PATIENCE = 3
 """Times that this is done."""
+LOOKS, BETWEEN = 4, 2.0
+"""Looks, and seconds from one to the next, at ranks that are at work in code of the user's: only then it shows whether
+they move."""
+MOVING = 5
+"""Times its limit that an attempt gets whose ranks log nothing and move: an evaluation, an index that is built."""
 
 _EVENTS = {
     AlarmKind.stall: "stall",
@@ -77,6 +82,8 @@ class Lookout:
         self._live, self._tell, self._stop = live, tell, stop
         self._now = self._look_at = 0.0
         self._put_off = self._steps = 0
+        self._seen: list[Sequence[Dump]] = []
+        """Where the ranks were at each look since the standstill began, or since there was last a doubt."""
         self._asking: threading.Thread | None = None
         self._behind = 0
         self._step: int | None = None
@@ -104,7 +111,7 @@ class Lookout:
         for alarm in self._watch.step(now, ranks, is_quiet=is_quiet):
             self._heed(alarm)
         if self._watch.steps != self._steps:
-            self._steps, self._put_off = self._watch.steps, 0
+            self._steps, self._put_off, self._seen = self._watch.steps, 0, []
 
     def _heed(self, alarm: Alarm) -> None:
         logger.warning("%s", alarm.what)
@@ -141,16 +148,22 @@ class Lookout:
             self._put_off += 1
             logger.warning("%s, but %s: it gets %.0f s more", alarm.what, why, AGAIN)
             self._watch.put_off(self._now, AGAIN)
-            return
-        self._end(alarm, dumps)
+            self._seen = [dumps]
+        elif len(self._seen) < LOOKS - 1 and stacks.at_work(dumps):
+            self._watch.put_off(self._now, BETWEEN)
+            self._seen.append(dumps)
+        else:
+            self._end(alarm, dumps)
 
     def _doubt(self, dumps: Sequence[Dump], alarm: Alarm) -> str:
         """Why this may be no hang; "" if it is one."""
+        limit = float(alarm.details.get("limit", 0.0))
         if any(dump.why == stacks.HELD for dump in dumps):
             return "a debugger holds one of its ranks"
         if busy := next(filter(None, map(stacks.occupation, dumps)), ""):
-            allowed = 2 * self._saving + float(alarm.details.get("limit", 0.0))
-            return busy if self._put_off * AGAIN < allowed else ""
+            return busy if self._put_off * AGAIN < 2 * self._saving + limit else ""
+        if moving := next(filter(None, (stacks.movement(before, dumps) for before in self._seen)), ""):
+            return moving if self._put_off * AGAIN < MOVING * limit else ""
         if self._put_off >= PATIENCE:
             return ""
         if any(dump.is_late for dump in dumps):

@@ -265,6 +265,28 @@ def occupation(dump: Dump) -> str:
     return "code is being compiled" if any(_COMPILES.search(file) for file in files) else ""
 
 
+def at_work(dumps: Sequence[Dump]) -> list[Dump]:
+    """Ranks that answer and wait for no other; none where one does not answer: then the others wait for that."""
+    if any(dump.why for dump in dumps):
+        return []
+    return [dump for dump in dumps if dump.text and not is_waiting(working(dump.text))]
+
+
+def movement(before: Sequence[Dump], now: Sequence[Dump]) -> str:
+    """Which rank is at work elsewhere in its code than before, in words; "" where none is. In the innermost function
+    the line does not count: a loop that never ends has several, too."""
+    then = {dump.rank: working(dump.text) for dump in at_work(before)}
+    for dump in at_work(now):
+        frames = working(dump.text)
+        if _where(then.get(dump.rank, ())) not in ((), _where(frames)):
+            return f"rank {dump.rank} is at work, now in {told(frames)}"
+    return ""
+
+
+def _where(frames: Sequence[Frame]) -> tuple[Any, ...]:
+    return ((frames[0].file, frames[0].function), *frames[1:]) if frames else ()
+
+
 def suspect(dumps: Sequence[Dump], behind: int = 0) -> Dump | None:
     """The rank that the others wait for, as far as that can be told: one that does not answer, else one that is not in
     a collective, else `behind`, which logged longest ago."""

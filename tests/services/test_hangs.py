@@ -84,6 +84,16 @@ def test_the_line_on_which_a_rank_hangs_is_named(local: LocalStack, way: str, wh
     assert f"in {where}" in shown
 
 
+def test_a_rank_that_logs_nothing_and_moves_is_left_alone(local: LocalStack) -> None:
+    run, printed = trained(local, "train=stands:train", "ways=work", code=0)
+    (attempt,) = local.store.attempts(run.run)
+    assert attempt.status is RunStatus.finished
+    assert events(local, run.run, "stall"), "it stood still"
+    assert not events(local, run.run, "hang")
+    log = (Path(run.directory) / "logs" / "attempt-1" / "driver.log").read_text()
+    assert re.search(r"but rank 1 is at work, now in \w+ at .*stands\.py:\d+.*: it gets 60 s more", log), log
+
+
 def test_a_run_saves_and_ends_when_its_hours_are_used_up_and_has_none_left_afterwards(local: LocalStack) -> None:
     hours = ("resources.limits.hours=0.006", "failures.grace=90")
     words = ("train=stands:train", "ways=none", "steps=100000", "run.name=timed", "failures.max_restarts=5")

@@ -90,7 +90,7 @@ def test_a_hang_is_a_finding_with_the_line_of_the_rank_that_hangs_and_all_stacks
     run.look(121)
     assert run.lookout.is_overdue, "its place does not notice that its ranks are gone"
     run.look(500)
-    assert (run.asked, len(run.ended)) == (1, 1)
+    assert (run.asked, len(run.ended)) == (4, 1), "several times, to see whether the one that is at work moves"
 
 
 def test_a_save_has_time_of_its_own_but_not_for_ever(run: Run) -> None:
@@ -99,6 +99,31 @@ def test_a_save_has_time_of_its_own_but_not_for_ever(run: Run) -> None:
     assert not run.ended
     run.look(600)
     assert run.ended, "twice the time that a save may take, and more"
+
+
+def test_a_rank_that_moves_in_code_of_its_own_has_five_times_as_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stacks(ticket: RunTicket) -> Sequence[Dump]:
+        run.asked += 1
+        elsewhere = LOADS.replace("line 9 in train", f"line {run.asked} in train")
+        return [dump(0, WAITS), dump(1, elsewhere)]
+
+    monkeypatch.setattr(run, "stacks", stacks)
+    run.look(120 + 5 * 120)
+    assert (run.ended, run.lookout.hang) == ([], None)
+    run.look(70)
+    assert len(run.ended) == 1
+    assert run.lookout.hang is not None
+    assert run.lookout.hang.rank == 1
+
+
+def test_a_rank_that_moved_and_then_stands_still_is_ended(run: Run) -> None:
+    run.dumps = [dump(0, LOADS)]
+    run.look(122)
+    run.dumps = [dump(0, SAVES.replace("checkpoints", "elsewhere"))]
+    run.look(8)
+    assert not run.ended, "it has moved"
+    run.look(70)
+    assert run.ended
 
 
 @pytest.mark.parametrize("dumps", [[dump(0, WAITS, is_late=True)], []])

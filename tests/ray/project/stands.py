@@ -14,7 +14,7 @@ class Stands:
     at: int = 30
     """The step after those of the attempts before at which it happens."""
     ways: str = "stop"
-    """What happens in the first attempt, the second, … with - between: stop, spin, lock, late or none."""
+    """What happens in the first attempt, the second, … with - between: stop, spin, lock, late, work or none."""
     steps: int = 60
     pause: float = 0.05
 
@@ -56,10 +56,28 @@ def comes_late(run) -> None:
         time.sleep(1)
 
 
+def works_without_a_word(run) -> None:
+    """Longer than a rank may stand still, here and there in its code."""
+    for _ in range(4):
+        reads()
+        counts()
+
+
+def reads() -> None:
+    time.sleep(3)
+
+
+def counts() -> None:
+    time.sleep(3)
+
+
 def nothing(run) -> None: ...
 
 
-WAYS = {"stop": stopped, "spin": spins, "lock": waits_for_a_lock, "late": comes_late, "none": nothing}
+WAYS = {
+    "stop": stopped, "spin": spins, "lock": waits_for_a_lock, "late": comes_late, "work": works_without_a_word,
+    "none": nothing,
+}  # fmt: skip
 
 
 @dataclass
