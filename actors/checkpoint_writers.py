@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.options import ActorOptions
 from orchestrator.execution.handles import NAMESPACE, RemoteAgents, checkpoint_writer
-from orchestrator.execution.services import remote_writers
+from orchestrator.execution.services.writer import remote_writers
 
 OPTIONS = ActorOptions(
     name=checkpoint_writer("<node id>", 0),  # name and label_selector are filled in per node and number

@@ -9,7 +9,7 @@ import ray
 
 from actors.options import ON_HEAD, ActorOptions
 from orchestrator.execution.handles import MIRROR, NAMESPACE
-from orchestrator.execution.services import MirrorProcess
+from orchestrator.execution.services.mirror import MirrorProcess
 
 OPTIONS = ActorOptions(name=MIRROR, namespace=NAMESPACE, resources=ON_HEAD, max_concurrency=4)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from actors.options import ActorOptions
 from orchestrator.execution.handles import NAMESPACE, NODE_AGENTS, RemoteAgents, node_agent
-from orchestrator.execution.services import NodeProcess
+from orchestrator.execution.services.agent import NodeProcess
 
 OPTIONS = ActorOptions(
     name=node_agent("<node id>"),  # name and label_selector are filled in per node

@@ -9,7 +9,7 @@ import ray
 
 from actors.options import ON_HEAD, ActorOptions
 from orchestrator.execution.handles import NAMESPACE, TRACKER
-from orchestrator.execution.services import TrackerProcess
+from orchestrator.execution.services.tracker import TrackerProcess
 
 OPTIONS = ActorOptions(
     name=TRACKER,

@@ -15,7 +15,7 @@ import pytest
 
 from cluster import stack_status
 from orchestrator.checkpoints.service import WriterService
-from orchestrator.execution.services import CheckpointWriterProcess
+from orchestrator.execution.services.writer import CheckpointWriterProcess
 from orchestrator.stack import Stack
 
 
