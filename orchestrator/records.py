@@ -237,6 +237,8 @@ class RunSpec:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     parent: str = ""
     sweep: str = ""
+    is_sweep: bool = False
+    """It is a sweep itself: known as one from its first moment, so that it can be resumed whenever its driver dies."""
     alerts: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Rules, and whom to tell, see alerts/plan.py; {}: the default rules, told in the log. Holds addresses, which are
     secrets, until the tracker has put them away; the database never gets them."""

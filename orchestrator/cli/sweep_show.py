@@ -20,6 +20,7 @@ from orchestrator.cli.sweep_plan import SoFar
 from orchestrator.cli.sweep_screen import SweepScreen
 from orchestrator.config.settings import PricesConfig
 from orchestrator.errors import UserError
+from orchestrator.status import RunStatus
 from orchestrator.sweep_records import TrialRow
 from orchestrator.sweeps.budget import Gang, Work
 from orchestrator.sweeps.space import Space
@@ -42,7 +43,8 @@ def show(arguments: argparse.Namespace, output: Output) -> int:
             output.line(f" asked by {row.who or 'somebody'}: {row.kind} {json.dumps(dict(row.details))}")
         if not sweep.status.is_terminal:
             return
-        output.line(f" more  orc sweep best {sweep.name}   orc sweep trials {sweep.name}")
+        goes_on = "" if sweep.status is RunStatus.finished else f"orc sweep resume {sweep.name}   "
+        output.line(f" more  {goes_on}orc sweep best {sweep.name}   orc sweep trials {sweep.name}")
 
     output.result(document(sweep, view), render)
     return 0

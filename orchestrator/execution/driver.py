@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from orchestrator import disk
 from orchestrator.account import user_name
 from orchestrator.alerts.plan import planned
 from orchestrator.config import (
@@ -82,6 +84,8 @@ PAUSE = 1.0
 """Seconds between two tries to begin a restart."""
 COPIES = "directory"
 """A service of which runs are not told: of a storage that is away the rank that saves to it tells."""
+SPOOL_BYTES = 64 << 10
+"""What a spool takes at its beginning, and a little more."""
 HEARING = 2.0
 """Seconds between two looks, before a restart, whether somebody has called it off."""
 
@@ -183,7 +187,9 @@ def train(
     stack = Stack.load(home)
     # The id is chosen here, so that the Ray job can carry it from its first moment.
     new_run = new_run or run_id(time.time())
-    spec = replace(spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt)
+    spec = replace(
+        spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt, is_sweep=around is not None
+    )  # fmt: skip
     rules = Rules.of(asdict(job.settings.failures))
     patterns_of(job.settings.failures.patterns)  # a mistake in them is told before anything is started
     if job.settings.failures.function:
@@ -222,6 +228,7 @@ def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Pro
     # Before a run is open: from then on its lease runs, and nobody renews it until the attempt begins.
     spools = _asked(stack, place.tracker.describe)["spool_directory"]
     while True:
+        _await_room(Path(spools), patience=PATIENCE if is_restart else 0.0)
         room = _room(place, job.settings, changes)
         spec = replace(spec, workers=workers_of_attempt(room, job.settings.resources))
         ticket = _opened(stack, place.tracker, spec, patience=PATIENCE + spec.lease if is_restart else 0.0)
@@ -241,6 +248,22 @@ def _attempts(job: Job, stack: Stack, place: Place, spec: RunSpec, progress: Pro
         if _is_called_off(place.tracker, outcome, attempt.decision.after):
             return outcome
         spec, is_restart = replace(spec, run=outcome.run, after_attempt=outcome.attempt), True
+
+
+def _await_room(spools: Path, patience: float) -> None:
+    """Waits until something can be logged: an attempt is opened only then. UserError after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while spools.is_dir():  # else whoever logs there first makes it
+        try:
+            with tempfile.TemporaryFile(dir=spools) as file:
+                disk.reserve(file.fileno(), SPOOL_BYTES)
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                why = f"Nothing can be logged in {spools}: {(error.strerror or str(error)).lower()}."
+                raise UserError(f"{why} Nothing was started. Make room there, then try again.") from error
+            logger.info("nothing can be logged in %s: %s", spools, error)
+        time.sleep(PAUSE)
 
 
 def _room(place: Place, settings: Settings, changes: Mapping[str, Any]) -> Room:

@@ -183,6 +183,12 @@ def _create_run(cursor: Cursor, spec: RunSpec, at: datetime, now: float) -> str:
         run = made[0] if made else ""
         if not run and spec.new_run:
             raise RunIsActive(candidate, RunStatus.created)  # somebody else made it since we looked
+    if spec.is_sweep:
+        cursor.execute(
+            # A driver without a name: what the sweep is made of is said when it opens the sweep.
+            "INSERT INTO sweeps (id, project, who, driver) VALUES (%s, %s, %s, '-') ON CONFLICT DO NOTHING",
+            (run, project, user),
+        )
     if spec.parent:
         linked = cursor.execute(
             "INSERT INTO run_edges (parent_id, child_id, kind, who) SELECT id, %s, 'parent', %s FROM runs WHERE id = %s"

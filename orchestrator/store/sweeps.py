@@ -54,7 +54,7 @@ def open_sweep(connection: Connection, spec: SweepSpec, driver: str) -> SweepRec
     if found is None:
         raise NotFound("run", spec.sweep)
     cursor.execute(
-        # Who starts a child of the run first makes a row that says nothing.
+        # Who opens the run, or starts a child of it first, makes a row that says nothing.
         "INSERT INTO sweeps AS s (id, project, who, seed, settings, space, driver, driver_since)"
         " VALUES (%(sweep)s, %(project)s, %(who)s, %(seed)s, %(settings)s, %(space)s, %(driver)s, now())"
         " ON CONFLICT (id) DO UPDATE SET driver = excluded.driver, updated_at = now(),"
@@ -81,7 +81,9 @@ def open_sweep(connection: Connection, spec: SweepSpec, driver: str) -> SweepRec
 
 
 def _first_time(column: str) -> str:
-    return f"{column} = CASE WHEN s.driver = '' AND s.decisions = 0 THEN excluded.{column} ELSE s.{column} END"
+    return (
+        f"{column} = CASE WHEN s.settings::text = '{{}}' AND s.decisions = 0 THEN excluded.{column} ELSE s.{column} END"
+    )
 
 
 def step(connection: Connection, given: SweepStep, *, now: float) -> dict[int, RunTicket]:

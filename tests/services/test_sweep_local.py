@@ -94,6 +94,32 @@ def test_a_sweep_whose_driver_is_killed_goes_on_to_the_same_table(
         assert "orc sweep resume" in asked("resume", run, "--local", code=2)
 
 
+DIES_FIRST = """
+import os, sys
+from orchestrator.cli.main import main
+from orchestrator.sweeps.core import Core
+Core.open = lambda *_, **__: os._exit(9)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_sweep_whose_driver_dies_before_it_says_what_the_sweep_is_made_of_is_resumed(
+    local: LocalStack, asked: Callable[..., str], tmp_path: Path
+) -> None:
+    sweep = "20261122-000000-00000009"
+    words = ("sweep", "--local", *WORDS, f"journal={tmp_path}", "--run-id", sweep)
+    local.run("-c", DIES_FIRST, *words, cwd=PROJECT, code=9)
+    assert (local.store.sweep(sweep).settings, began(tmp_path)) == ({}, [])
+    wait_until(lambda: local.store.run(sweep).status is RunStatus.crashed, 60, "its lease is over")
+    assert "orc sweep resume" in asked("sweep", "show", sweep)
+    assert "orc sweep resume" in asked("resume", sweep, "--local", code=2)
+    out, _ = local.run(*ORC, "sweep", "resume", sweep, "--local", cwd=PROJECT, timeout=180)
+    assert "loguniform 0.001 … 0.1" in out
+    assert local.store.run(sweep).status is RunStatus.finished
+    assert len(local.store.sweep_trials(sweep)) == 3
+    assert local.store.sweep(sweep).settings
+
+
 def test_bad_trials_fail_alone_and_a_sweep_of_nothing_else_says_why(local: LocalStack) -> None:
     sweep = "20261122-000000-00000004"
     words = (
