@@ -6,6 +6,7 @@ They are the operating system's own, in one place, so that a test can end the pr
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ Watcher = Callable[[str, str], None]
 """Called with the name of the call (`write`, `fsync`, `rename`, `replace`, `unlink`, `rmtree`, `mkdir`, `fallocate`,
 `truncate`) and the file, as far as it is known, before the call. It may raise OSError in the call's place, or never
 come back."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk, or a quota that is used up, says."""
 
 _watcher: Watcher | None = None
 

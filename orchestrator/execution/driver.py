@@ -401,6 +401,9 @@ class _Attempt:
         except UserError as problem:
             return self._failed("", problem)
         except Exception as problem:
+            if isinstance(problem, OSError) and problem.errno in disk.NO_ROOM:
+                found = first_cause(_evidence(problem, self._job.secrets), patterns=self._patterns)
+                return found.status, found.reason, found.error()
             logger.exception("the driver failed")  # our own defect must be seen
             return self._failed("the orchestrator failed: ", problem)
 
@@ -811,7 +814,22 @@ class _Attempt:
         return live
 
     def _fact(self, kind: FactKind, data: Mapping[str, Any]) -> None:
-        self._facts.fact(Fact(kind=kind, at=time.time(), data=data))
+        """Waits for room where the disk is full: how an attempt ended only the driver knows."""
+        fact = Fact(kind=kind, at=time.time(), data=data)
+        deadline = time.monotonic() + PATIENCE
+        is_told = False
+        while True:
+            try:
+                return self._facts.fact(fact)
+            except OSError as error:
+                why = error.strerror or str(error)
+                if error.errno not in disk.NO_ROOM or self._abort or time.monotonic() >= deadline:
+                    logger.warning("not recorded (%s): %s %s", why, kind.value, data.get("message", ""))
+                    return None
+            if not is_told:
+                logger.warning("the record waits for room in %s: %s", self._spools, why)
+            is_told = True
+            time.sleep(PAUSE)
 
     def _links(self) -> dict[str, str]:
         links = {"directory": redact_url(self._ticket.directory)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -218,7 +217,7 @@ class SpoolWriter:
             try:
                 reserve_file(path, size)
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if error.errno not in disk.NO_ROOM:
                     raise
                 disk.unlink(path)
                 return None
@@ -277,7 +276,7 @@ class SpoolWriter:
                 written = disk.pwrite(self._keys_fd, raw, start, "keys")
                 raw, start = raw[written:], start + written
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in disk.NO_ROOM:
                 raise
             return False
         self.keys[key] = index
@@ -390,7 +389,6 @@ class SpoolWriter:
         own_producers.discard(self.producer)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = "the spool is full and nothing is being committed; is PostgreSQL down, or the disk full? (`orc status`)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import disk
 from orchestrator.config import Job, ResourcesConfig, Settings
 from orchestrator.errors import ConfigError, RunIsActive, ServiceUnavailable
 from orchestrator.execution import driver, moving
@@ -185,6 +187,47 @@ def test_services_that_are_away_are_told_once_per_outage_whatever_becomes_of_the
     (degraded,), (recovered,) = place.events("degraded"), place.events("recovered")
     assert (degraded["level"], degraded["details"]) == ("warning", {"service": "redis", "error": "gone"})
     assert (recovered["level"], recovered["details"]["seconds"]) == ("info", 10.0)
+
+
+def test_how_an_attempt_ended_waits_for_room_on_a_full_disk(place: Place) -> None:
+    refused = 0
+
+    def full(call: str, path: str) -> None:
+        nonlocal refused
+        if call == "write" and path.endswith("/facts") and refused < 3:
+            refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fills() -> Returned:
+        disk.watch(full)
+        return Returned(how=DONE)
+
+    place.ends = [fills]
+    try:
+        assert trained(place).status is RunStatus.finished
+    finally:
+        disk.watch(None)
+    assert refused == 3
+    assert [told["status"] for told in place.statuses()] == ["FINISHED"]
+
+
+def test_a_disk_that_is_full_for_the_driver_is_a_failure_as_any_and_no_defect(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = 0
+
+    def record(*_: Any, **__: Any) -> Recorded:
+        nonlocal described
+        described += 1
+        if described == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return Recorded(values={}, files=(), warnings=())
+
+    monkeypatch.setattr(driver, "record", record)
+    place.ends = [done]
+    assert (trained(place, restarts=1).status, place.attempts) == (RunStatus.finished, 2)
+    (told,) = place.ended()
+    assert (told["error"]["kind"], "orchestrator failed" in told["reason"]) == ("storage", False)
 
 
 LOST = Evidence(rank=0, type="NodeDiedError", message="the node died", host="n1", step=3)
