@@ -273,18 +273,24 @@ def at_work(dumps: Sequence[Dump]) -> list[Dump]:
 
 
 def movement(before: Sequence[Dump], now: Sequence[Dump]) -> str:
-    """Which rank is at work elsewhere in its code than before, in words; "" where none is. In the innermost function
-    the line does not count: a loop that never ends has several, too."""
-    then = {dump.rank: working(dump.text) for dump in at_work(before)}
-    for dump in at_work(now):
-        frames = working(dump.text)
-        if _where(then.get(dump.rank, ())) not in ((), _where(frames)):
-            return f"rank {dump.rank} is at work, now in {told(frames)}"
+    """Which rank is elsewhere in its code than before, in words; "" where none is, or one does not answer. In the
+    innermost function the line does not count: a loop that never ends has several, too; nor where in a collective a
+    rank waits.
+    """
+    if any(dump.why for dump in now):
+        return ""
+    then = {dump.rank: working(dump.text) for dump in before if not dump.why}
+    for dump in now:
+        frames, earlier = working(dump.text), then.get(dump.rank, [])
+        if not frames or not earlier or (is_waiting(frames) and is_waiting(earlier)):
+            continue
+        if _where(frames) != _where(earlier):
+            return f"rank {dump.rank} moves, now in {told(frames)}"
     return ""
 
 
 def _where(frames: Sequence[Frame]) -> tuple[Any, ...]:
-    return ((frames[0].file, frames[0].function), *frames[1:]) if frames else ()
+    return (frames[0].file, frames[0].function), *frames[1:]
 
 
 def suspect(dumps: Sequence[Dump], behind: int = 0) -> Dump | None:

@@ -91,7 +91,7 @@ def test_a_rank_that_logs_nothing_and_moves_is_left_alone(local: LocalStack) -> 
     assert events(local, run.run, "stall"), "it stood still"
     assert not events(local, run.run, "hang")
     log = (Path(run.directory) / "logs" / "attempt-1" / "driver.log").read_text()
-    assert re.search(r"but rank 1 is at work, now in \w+ at .*stands\.py:\d+.*: it gets 60 s more", log), log
+    assert re.search(r"but rank 1 moves, now in \w+ at .*stands\.py:\d+.*: it gets 60 s more", log), log
 
 
 def test_a_run_saves_and_ends_when_its_hours_are_used_up_and_has_none_left_afterwards(local: LocalStack) -> None:

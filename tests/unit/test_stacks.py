@@ -145,10 +145,12 @@ def test_a_process_tells_where_its_threads_are_one_that_is_stopped_is_told_as_su
 def test_a_rank_moves_that_is_elsewhere_than_before_but_not_in_another_line_of_a_loop() -> None:
     other = LOADS.replace("line 31 in load", "line 35 in load")
     assert stacks.movement([dump(0, WAITS), dump(1, LOADS)], [dump(0, WAITS), dump(1, other)]) == (
-        "rank 1 is at work, now in load at /home/me/shards.py:35, in readinto at /usr/lib/python3.11/socket.py:706"
+        "rank 1 moves, now in load at /home/me/shards.py:35, in readinto at /usr/lib/python3.11/socket.py:706"
     )
     assert stacks.movement([dump(1, LOADS)], [dump(1, LOADS)]) == ""
     assert stacks.movement([dump(1, LOADS)], [dump(1, LOADS.replace("706", "707"))]) == "", "the innermost line"
     assert stacks.movement([dump(0, WAITS)], [dump(0, WAITS.replace("line 12", "line 13"))]) == "", "it waits"
+    assert stacks.movement([dump(1, LOADS)], [dump(1, WAITS)]).startswith("rank 1 moves, now in train at"), "it is done"
+    assert stacks.movement([dump(1, WAITS)], [dump(1, LOADS)]).startswith("rank 1 moves, now in load at")
     assert stacks.movement([], [dump(1, LOADS)]) == "", "nobody knows where it was"
     assert stacks.movement([dump(1, LOADS)], [dump(0, why="it is stopped"), dump(1, other)]) == "", "for rank 0"
