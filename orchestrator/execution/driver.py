@@ -187,9 +187,7 @@ def train(
     stack = Stack.load(home)
     # The id is chosen here, so that the Ray job can carry it from its first moment.
     new_run = new_run or run_id(time.time())
-    spec = replace(
-        spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt, is_sweep=around is not None
-    )  # fmt: skip
+    spec = replace(spec_of(job, stack), run=run, new_run=new_run, after_attempt=after_attempt)
     rules = Rules.of(asdict(job.settings.failures))
     patterns_of(job.settings.failures.patterns)  # a mistake in them is told before anything is started
     if job.settings.failures.function:
@@ -203,7 +201,7 @@ def train(
         spec = replace(spec, job=place.job)
         place = around(place, stack, spec) if around else place
         place.check(job.settings)
-        return _attempts(job, stack, place, spec, progress, rules)
+        return _attempts(job, stack, place, replace(spec, is_sweep=around is not None), progress, rules)
     finally:
         place.close()
 

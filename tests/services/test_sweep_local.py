@@ -116,7 +116,9 @@ def test_a_sweep_whose_driver_dies_before_it_says_what_the_sweep_is_made_of_is_r
     out, _ = local.run(*ORC, "sweep", "resume", sweep, "--local", cwd=PROJECT, timeout=180)
     assert "loguniform 0.001 … 0.1" in out
     assert local.store.run(sweep).status is RunStatus.finished
-    assert len(local.store.sweep_trials(sweep)) == 3
+    trials = {trial.run for trial in local.store.sweep_trials(sweep)}
+    assert len(trials) == 3
+    assert not trials & {row.sweep for row in local.store.sweeps()}, "they are none themselves"
     assert local.store.sweep(sweep).settings
 
 
