@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,9 @@ START_TIMEOUT = 120
 
 MAX_TEMP_BYTES = 38
 """Ray puts /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store (68 bytes) behind it; a socket has 107."""
+
+CORE = frozenset({"gcs_server", "raylet"})
+"""Processes of a head without which nothing runs."""
 
 SESSIONS_KEPT = 5
 """Each start leaves a directory of logs."""
@@ -149,9 +152,16 @@ def parts(home: Path) -> list[psutil.Process]:
     return processes.marked(environment.mark(home, "ray"), words=words)
 
 
-def is_complete(found: Sequence[psutil.Process]) -> bool:
-    """Whether those processes without which nothing runs are there."""
-    return not {"gcs_server", "raylet"} - {_name(process) for process in found}
+def core(home: Path) -> dict[str, psutil.Process]:
+    """Those of `CORE` that live, by name. A raylet of another node may be on this host, too: it is told from the head's
+    by the mark, which only what we start has."""
+    marked = {_name(process): process for process in processes.marked(environment.mark(home, "ray"))}
+    return {name: process for name, process in marked.items() if name in CORE}
+
+
+def is_complete(home: Path) -> bool:
+    """Whether all of `CORE` is there."""
+    return core(home).keys() == CORE
 
 
 def start(
@@ -188,14 +198,14 @@ def start(
         code = starter.wait(timeout=START_TIMEOUT)
     except psutil.TimeoutExpired:
         code = -1
-    found = parts(home)
-    if code != 0 or not is_complete(found):
-        processes.stop(found, grace=3)
+    found = core(home)
+    if code != 0 or found.keys() != CORE:
+        processes.stop(parts(home), grace=3)
         why = f"no head within {START_TIMEOUT} s" if code == -1 else "it does not start"
         said = f"{why}. Its last words:\n{processes.tail(log, mark)}\n"
         raise ServiceUnavailable("ray", f"{ports.LOOPBACK}:{port}", said, f"All of it: {log}")
-    _wait_for_dashboard(stack, found)
-    return next(process for process in found if _name(process) == "gcs_server")
+    _wait_for_dashboard(stack, found.values())
+    return found["gcs_server"]
 
 
 def restart_control_store(stack: Stack, arguments: Sequence[str]) -> psutil.Process | None:
@@ -206,10 +216,10 @@ def restart_control_store(stack: Stack, arguments: Sequence[str]) -> psutil.Proc
     reconnect timeout.
     """
     home = Path(stack.home)
-    found = parts(home)
-    raylet = next((process for process in found if _name(process) == "raylet"), None)
-    if raylet is None or is_complete(found):
+    found = core(home)
+    if found.keys() != {"raylet"}:
         return None
+    raylet = found["raylet"]
     try:
         variables = raylet.environ()  # both were started with the same one
     except psutil.Error:
@@ -228,7 +238,7 @@ def _tables(home: Path) -> Path:
     return home / "ray" / "gcs"
 
 
-def _wait_for_dashboard(stack: Stack, found: Sequence[psutil.Process]) -> None:
+def _wait_for_dashboard(stack: Stack, needed: Iterable[psutil.Process]) -> None:
     """`ray start` returns a little before the dashboard takes jobs."""
     deadline = time.monotonic() + 60
     while True:
@@ -236,7 +246,7 @@ def _wait_for_dashboard(stack: Stack, found: Sequence[psutil.Process]) -> None:
             probe(stack.ray_dashboard, stack.ray_token_path)
             return
         except ServiceUnavailable:
-            if time.monotonic() > deadline or not is_complete([p for p in found if processes.is_alive(p)]):
+            if time.monotonic() > deadline or not all(map(processes.is_alive, needed)):
                 raise
         time.sleep(0.2)
 

@@ -300,7 +300,7 @@ def parts(stack: Stack) -> list[Found]:
     recorded = {name: processes.recorded(entry) is not None for name, entry in stack.processes.items()}
     gone = {name for name in down & PROCESSES.keys() if not recorded.get(PROCESSES[name], True)}
     if (of_ray := down - PROCESSES.keys()) and stack.owns_ray:
-        gone |= set() if ray_head.is_complete(ray_head.parts(Path(stack.home))) else of_ray
+        gone |= set() if ray_head.is_complete(Path(stack.home)) else of_ray
     return [Found(name=part.name, is_down=part.name in down, is_gone=part.name in gone) for part in found]
 
 

@@ -496,7 +496,7 @@ def _reused_head(pieces: Pieces, home: Path) -> bool:
     if not processes.recorded(pieces.stack.processes.get("ray")):
         return False
     deadline = time.monotonic() + 15
-    while ray_head.is_complete(ray_head.parts(home)):
+    while ray_head.is_complete(home):
         try:
             ray_head.probe(pieces.stack.ray_dashboard, pieces.stack.ray_token_path)
             return True

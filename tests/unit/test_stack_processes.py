@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 
 from cluster import environment, ports, processes, ray_head
 from orchestrator.errors import ConfigError
+from orchestrator.stack import Stack
+from tests.plugins.runs import wait_until
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
@@ -46,6 +50,37 @@ def test_a_process_is_recognised_by_its_record_and_by_its_mark(sleeper: psutil.P
 def test_another_process_with_the_same_number_is_not_ours(sleeper: psutil.Process) -> None:
     entry = processes.record(sleeper)
     assert processes.recorded({**entry, "started": entry["started"] - 100}) is None
+
+
+def test_a_raylet_of_another_node_on_this_host_is_none_of_the_head(tmp_path: Path) -> None:
+    home = tmp_path / "h"
+    home.mkdir()
+    sessions = f"{ray_head.temp_directory(home)}/session_1"
+    mark = {environment.PART_VARIABLE: environment.mark(home, "ray")}
+    started: list[psutil.Process] = []
+
+    def start(name: str, variables: dict[str, str]) -> psutil.Process:
+        directory = tmp_path / str(len(started))
+        directory.mkdir()
+        program = shutil.copy(sys.executable, directory / name)
+        code = "import time; time.sleep(60)"
+        words = [program, "-S", "-c", code, sessions]
+        paths = {"LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"), "PYTHONHOME": sys.base_prefix}
+        started.append(processes.start_detached(words, variables | paths, tmp_path / "log", tmp_path))
+        wait_until(lambda: started[-1].name() == name, 10, (tmp_path / "log").read_text())
+        return started[-1]
+
+    try:
+        foreign, store = start("raylet", {}), start("gcs_server", mark)
+        assert {each.pid for each in ray_head.parts(home)} == {foreign.pid, store.pid}, "it goes when the head goes"
+        assert ray_head.core(home) == {"gcs_server": store}
+        assert not ray_head.is_complete(home)
+        processes.stop([store], grace=0)
+        assert ray_head.restart_control_store(Stack(home=str(home)), ["false"]) is None, "there is no head any more"
+        own = start("raylet", mark)
+        assert ray_head.core(home) == {"raylet": own}
+    finally:
+        processes.stop(started, grace=0)
 
 
 def test_stopping_ends_what_ignores_sigterm(tmp_path: Path) -> None:
