@@ -485,6 +485,8 @@ class _Attempt:
             return RunStatus.finished, str(returned.tally.get("reason", "")), {}
         if self._stop_since is not None:
             return self._cancelled()
+        if self._move is not None and not self._move.has_begun:
+            return RunStatus.crashed, f"moved: {self._move.why}", self._move.error(None)
         if lookout.hang is not None:
             return lookout.hang.status, lookout.hang.reason, {**lookout.hang.error(), "stacks": list(lookout.files)}
         assert fit.error is not None  # it has ended, and not well
@@ -565,9 +567,9 @@ class _Attempt:
         """The error with what only the driver knows: what follows, and where the log is."""
         if not error:
             return error
-        if error.get("kind") == Purpose.grow.value:
-            words = f"goes on with more workers: {error['what']}"
-            self.decision = Decision(action=Action.grow, words=words)
+        if self._move is not None and error.get("kind") == Purpose.resize.value:
+            words = f"goes on with {'more' if self._move.has_begun else 'fewer'} workers: {error['what']}"
+            self.decision = Decision(action=Action.resize, words=words)
             return {**error, "done": words, "decision": self.decision.to_json()}
         rank = error.get("rank", -1)
         step = error.get("step")
@@ -671,17 +673,27 @@ class _Attempt:
             self._fact(FactKind.event, {"kind": "elastic", "level": "info", "message": message, "details": details})
 
     def _hear_of_moves(self) -> None:
-        """Has the ranks save and return when the run is to go on elsewhere, or with more of them."""
+        """Has the ranks save and return when the run is to go on elsewhere, or with more of them; those that still wait
+        for room are given up where there is room for fewer."""
         move = self._surroundings.move
         if move is None or move is self._move or self.is_asked_to_stop:
             return
         self._move = move
-        logger.info("the ranks are asked to save and return: %s", move.why)
+        what = "saving, to go on" if move.has_begun else "not waiting any longer, to begin"
+        logger.info("%s: %s", move.why, what)
         self._announced = f"moving: {move.why}"
         level = "warning" if move.purpose is Purpose.leave else "info"
-        told = {"kind": move.purpose.value, "level": level, "message": f"{move.why}: saving, to go on in a new attempt"}
+        told = {"kind": move.purpose.value, "level": level, "message": f"{move.why}: {what} in a new attempt"}
         self._fact(FactKind.event, told)
-        threading.Thread(target=self._halt, daemon=True).start()
+        threading.Thread(target=self._halt if move.has_begun else self._give_up_waiting, daemon=True).start()
+
+    def _give_up_waiting(self) -> None:
+        while not self._over.is_set():
+            try:
+                return self._place.end(self._ticket)
+            except Exception:
+                logger.debug("the attempt that waits for room could not be ended; trying again", exc_info=True)
+            time.sleep(PAUSE)
 
     def _halt(self) -> None:
         try:

@@ -1,5 +1,6 @@
-"""Whether the ranks of a running attempt shall go on elsewhere, or with more of them: what the driver asks of the place
-while it waits. In a thread of its own, because a cluster that does not answer may keep who asks it waiting.
+"""Whether the ranks of an attempt shall go on elsewhere, or with more of them, or begin with fewer: what the driver
+asks of the place while it waits. In a thread of its own, because a cluster that does not answer may keep who asks it
+waiting.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from typing import Any
 
 from orchestrator.config import Settings
 from orchestrator.execution.place import Place
-from orchestrator.execution.sizing import Growth
+from orchestrator.execution.sizing import LOOKS, Growth
 from orchestrator.tracking.live import planned
 
 logger = logging.getLogger(__name__)
 
 PAUSE = 1.0
-"""Seconds between two looks for nodes that are taken away."""
+"""Seconds between two looks for nodes that are taken away, and for what is left while the ranks wait for room."""
 
 
 class Purpose(StrEnum):
-    """Why the ranks were asked to stop, where the run is to go on."""
+    """Why an attempt ends, where the run is to go on."""
 
     leave = "preemption"
     """Nodes of theirs are taken away."""
-    grow = "resize"
-    """There is room for more of them."""
+    resize = "resize"
+    """There is room for more of them; or for fewer, where they still wait for theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Move:
     why: str
     deadline: float = math.inf
     """When the nodes are gone, in seconds since 1970."""
+    has_begun: bool = True
+    """There are ranks, which save first."""
 
     def error(self, step: int | None) -> dict[str, Any]:
         """What is stored of the attempt."""
@@ -59,7 +62,9 @@ class Surroundings:
         self._place, self._settings, self._avoid = place, settings, avoid
         self._params, self._live = params, live
         self._can_grow = workers < settings.resources.workers and can_grow(settings)
+        self._can_shrink = 0 < settings.resources.min_workers < workers
         self._workers = workers
+        self._fewer_seen = 0
         self._growth: Growth | None = None
         self._look_at = 0.0
         self._over = threading.Event()
@@ -84,11 +89,16 @@ class Surroundings:
 
     def step(self, now: float) -> None:
         """A notice goes before a growth that was begun: it may have a deadline."""
-        if self.move is None or self.move.purpose is Purpose.grow:
+        waits = self._can_shrink and bool(self._place.waits_for())
+        if self.move is not None and not self.move.has_begun and not waits:
+            self.move = None  # the room came after all
+        if self.move is None or self.move.purpose is Purpose.resize:
             notice = self._place.notice()
             if notice is not None:
                 self.move = Move(purpose=Purpose.leave, why=notice.why, deadline=notice.deadline)
-        if self.move is None and self._can_grow:
+        if self.move is None and waits:
+            self._shrink()
+        elif self.move is None and self._can_grow:
             self._grow(now)
 
     def _grow(self, now: float) -> None:
@@ -106,7 +116,16 @@ class Surroundings:
         if self._growth.look(room.workers, now=now, share=share_done(self._params, live)):
             wanted = self._settings.resources.workers
             why = f"there is room for {room.workers} of {wanted} workers now, instead of {self._workers}"
-            self.move = Move(purpose=Purpose.grow, why=why)
+            self.move = Move(purpose=Purpose.resize, why=why)
+
+    def _shrink(self) -> None:
+        """Others took the room between the look at it and now: several runs that begin at once see the same."""
+        wanted = self._settings.resources
+        room = self._place.room(wanted, self._avoid).workers
+        self._fewer_seen = self._fewer_seen + 1 if wanted.min_workers <= room < self._workers else 0
+        if self._fewer_seen >= LOOKS:
+            why = f"there is room for {room} of {wanted.workers} workers now, not for {self._workers}"
+            self.move = Move(purpose=Purpose.resize, why=why, has_begun=False)
 
 
 def can_grow(settings: Settings) -> bool:

@@ -118,6 +118,9 @@ class OnRay:
     def end(self, ticket: RunTicket) -> None:
         from orchestrator.execution import handles
 
+        if self.waits_for():
+            handles.end_actors([Identity.of(ticket).part("controller")])  # its placement group goes with it
+            return
         answers = handles.ask_agents(self._nodes(), "end_ranks", ticket.run, ticket.attempt, timeout=AGENT_START)
         ended = {rank for answer in answers.values() if not isinstance(answer, Exception) for rank in answer}
         known = range(len(self._placement.nodes_of_ranks) if self._placement else 0)

@@ -102,7 +102,7 @@ class Place(Protocol):
         ...
 
     def end(self, ticket: RunTicket) -> None:
-        """During `fit`: kills its ranks, so that it raises."""
+        """During `fit`: kills its ranks, or what waits for their room, so that it raises."""
         ...
 
     def network(self) -> str:

@@ -38,8 +38,8 @@ class Action(StrEnum):
     """Another attempt, as the one before."""
     shrink = "shrink"
     """With the workers that there is room for."""
-    grow = "grow"
-    """With more workers, for which there is room again; nothing had failed."""
+    resize = "resize"
+    """With another number of workers, for which there is room; nothing had failed."""
     longer = "longer"
     """With more time for collectives."""
     halve = "halve"
@@ -311,7 +311,7 @@ def recalled(earlier: Iterable[Mapping[str, Any]]) -> tuple[tuple[Failure, ...],
     for each in earlier:
         status, error = RunStatus(each["status"]), each["error"]
         decision = error.get("decision") or {}
-        if decision.get("action") == Action.grow:
+        if decision.get("action") == Action.resize:
             continue  # nothing had failed
         failures.append(Failure.of(status, error))
         changes |= decision.get("changes") or {}
@@ -329,7 +329,6 @@ SAME_AGAIN = "the same would only happen again"
 _DONE = {
     Action.restart: "restarted from the newest checkpoint",
     Action.shrink: "restarted from the newest checkpoint with the workers that there is room for: {workers}",
-    Action.grow: "restarted from the newest checkpoint with more workers",
     Action.longer: "restarted from the newest checkpoint with more time for collectives",
     Action.halve: "restarted from the newest checkpoint with half the micro-batch",
     Action.rollback: "rolled back to the newest good checkpoint",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import psutil
 
 from orchestrator.records import RunStatus
 from orchestrator.store.names import run_id
-from tests.plugins.runs import Going, Orc, wait_until
+from tests.plugins.runs import PROJECT, Going, Orc, wait_until
 
 
 def test_a_batch_without_a_number_is_left_out_as_a_local_run_avoids_it(orc: Orc) -> None:
@@ -38,6 +40,27 @@ def test_a_pattern_decides_about_a_trial_on_a_lane(orc: Orc, tmp_path: Path) -> 
     assert gives_up.reason.endswith("(not restarted: failures.patterns says so)")
     first, second = store.attempts(waits.run)
     assert (first.error["kind"], second.status) == ("no_licence", RunStatus.finished)
+
+
+def test_an_elastic_run_whose_room_was_taken_begins_with_what_is_left(orc: Orc) -> None:
+    words = ("train=trains:slow", "seconds=2", "resources.workers={min: 1, max: 2}", "failures.max_restarts=0")
+    done = subprocess.run(
+        [sys.executable, "raced.py", *words], cwd=PROJECT, capture_output=True, text=True, timeout=150, check=False,
+        env={**orc.own.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run, status, attempt = done.stdout.splitlines()[-1].split()
+    assert (status, attempt) == ("FINISHED", "2"), done.stderr
+    store = orc.store()
+    first, second = store.attempts(run)
+    assert (first.workers, second.workers) == (2, 1)
+    why = "there is room for 1 of 2 workers now, not for 2"
+    assert (first.status, first.reason) == (RunStatus.crashed, f"moved: {why}")
+    assert first.error["done"] == f"goes on with fewer workers: {why}"
+    told = [
+        (event.attempt, event.kind) for event in store.events(run) if event.kind in ("resize", "elastic", "failure")
+    ]
+    assert told == [(1, "resize"), (2, "elastic")]
 
 
 def test_a_dashboard_that_stands_still_stops_nothing(orc: Orc, going: Callable[..., Going]) -> None:

@@ -53,13 +53,19 @@ class Place:
         self.circuits: list[dict[str, Any]] = []
         self.told_to_leave: Notice | None = None
         self.halted: set[int] = set()
+        self.lacking = ""
+        """What the ranks wait for."""
+        self.given_up = threading.Event()
 
     def check(self, settings: Settings) -> None: ...
     def resources(self) -> Mapping[str, Any]:
         return {}
 
     def waits_for(self) -> str:
-        return ""
+        return self.lacking
+
+    def end(self, ticket: RunTicket) -> None:
+        self.given_up.set()
 
     def room(self, wanted: ResourcesConfig, avoid: Collection[str] = ()) -> Room:
         self.avoided = tuple(avoid)
@@ -454,6 +460,27 @@ def test_a_run_that_is_smaller_than_it_wants_grows_when_there_is_room(
     (told,) = place.ended()
     assert told["error"]["kind"] == "resize"
     assert told["error"]["done"] == "goes on with more workers: there is room for 2 of 2 workers now, instead of 1"
+
+
+def test_a_run_whose_room_was_taken_begins_with_what_is_left(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "PAUSE", 0.01)
+    place.free = 3
+
+    def waits() -> Returned:
+        place.free, place.lacking = 2, "waiting for 3 CPUs"
+        assert place.given_up.wait(10)
+        place.lacking = ""
+        raise RanksFailed([Evidence(rank=-1, type="ActorDiedError", message="the controller was killed")])
+
+    place.ends = [waits, done]
+    assert elastic(place, 4, 1, max_restarts=0).status is RunStatus.finished
+    assert place.workers == [3, 2]
+    (told,) = place.ended()
+    assert (told["status"], told["error"]["kind"], told["restarts"]) == ("CRASHED", "resize", True)
+    assert told["error"]["done"] == "goes on with fewer workers: there is room for 2 of 4 workers now, not for 3"
+    assert not place.events("failure"), "nothing has failed"
+    (event,) = place.events("resize")
+    assert event["message"].endswith("not waiting any longer, to begin in a new attempt")
 
 
 def test_who_cancels_a_run_that_moves_has_the_last_word(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,16 @@ class Cluster:
 
     def __init__(self, free: int) -> None:
         self.free, self.told = free, cast("Notice | None", None)
+        self.lacking = ""
 
     def room(self, wanted: ResourcesConfig, avoid: Collection[str] = ()) -> Room:
         return Room(workers=min(self.free, wanted.workers))
 
     def notice(self) -> Notice | None:
         return self.told
+
+    def waits_for(self) -> str:
+        return self.lacking
 
 
 def around(cluster: Cluster, live: Mapping[str, Any], workers: int = 1, least: int = 1) -> Surroundings:
@@ -54,7 +58,7 @@ def test_it_grows_once_it_trains_after_a_while_and_by_two_looks() -> None:
         moves.append(surroundings.move)
     assert moves[:5] == [None] * 5
     assert moves[5] is not None
-    assert (moves[5].purpose, moves[5].deadline) == (Purpose.grow, math.inf)
+    assert (moves[5].purpose, moves[5].deadline) == (Purpose.resize, math.inf)
     assert moves[5].why == "there is room for 3 of 4 workers now, instead of 1"
     error = moves[5].error(step=7)
     assert (error["kind"], error["step"], error["rank"]) == ("resize", 7, -1)
@@ -72,6 +76,36 @@ def test_it_does_not_grow_at_the_end_nor_where_it_has_all_nor_where_it_must_not(
     assert not can_grow(settings), "no further attempt is allowed"
     settings.failures.max_preemptions, settings.checkpoints.on_stop = -1, False
     assert not can_grow(settings), "it would not be saved"
+
+
+def test_ranks_that_wait_for_room_that_others_took_begin_with_fewer_by_two_looks() -> None:
+    cluster = Cluster(free=2)
+    surroundings = around(cluster, {}, workers=3)
+    cluster.free, cluster.lacking = 1, ""
+    for now in range(5):
+        surroundings.step(now)
+    assert surroundings.move is None, "they wait for nothing: they are starting"
+    cluster.lacking = "waiting for 3 CPUs"
+    surroundings.step(5)
+    assert surroundings.move is None
+    surroundings.step(6)
+    move = surroundings.move
+    assert move is not None
+    assert (move.purpose, move.has_begun) == (Purpose.resize, False)
+    assert move.why == "there is room for 1 of 4 workers now, not for 3"
+    cluster.lacking = ""
+    surroundings.step(7)
+    assert surroundings.move is None, "the room came after all"
+
+
+def test_ranks_go_on_waiting_where_there_is_room_for_too_few_or_nothing_to_give_up() -> None:
+    for workers, least, free in ((3, 2, 1), (3, 2, 3), (2, 2, 1), (4, 0, 1)):
+        cluster = Cluster(free=free)
+        cluster.lacking = "waiting"
+        surroundings = around(cluster, {}, workers=workers, least=least)
+        for now in range(5):
+            surroundings.step(now)
+        assert surroundings.move is None, (workers, least, free)
 
 
 def test_a_notice_goes_before_a_growth() -> None:
