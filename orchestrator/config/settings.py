@@ -400,7 +400,8 @@ class FailuresConfig:
     losses: list[str] = field(default_factory=list)
     """Keys of reported metrics that are losses. Empty: those with `loss` or `perplexity` in their names."""
     gradients_every: int = bounded(50, minimum=0)
-    """Optimizer steps between two looks at the norm of the gradients; 0: none."""
+    """Optimizer steps between two looks at the norm of the gradients, which are 0.2 s apart at least unless this is 1;
+    0: none."""
     patterns: list[Any] = field(default_factory=list)
     """What your own messages and log lines mean, before our rules: `match` is a regular expression, `kind` what kind of
     failure that is (a name of your own, too), `action` (stop or restart) what is done whatever the kind, `avoid_node:

@@ -210,7 +210,9 @@ class Guards:
     ) -> list[Finding]:
         """What is wrong since this report. `looks` are those at the gradients since the last one, `memory` the bytes in
         use."""
-        wrong = [*self._of_losses(metrics, step), *self._of_gradients(looks)]
+        wrong = self._of_losses(metrics, step)
+        if looks:
+            wrong += self._of_gradients(looks)
         if memory is not None and (what := self._memory.reported(step, memory)):
             wrong.append(Finding(Rule.memory, "memory", what))
         if not wrong and not self._standing:

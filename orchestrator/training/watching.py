@@ -14,6 +14,9 @@ from orchestrator.training.guards import Finding, GuardRules, Guards, Look, Rule
 
 MEMORY_PAUSE = 15.0
 """Seconds between two looks at the memory in use: a leak shows over minutes, what fills up at the start does not."""
+GRADIENTS_PAUSE = 0.2
+"""Seconds between two looks at the gradients, if not each step's are looked at: a look costs a tenth of a millisecond,
+which is more than nothing where steps take one."""
 REMEMBERED = 512
 """Reports and looks of which is known where in the data they were."""
 
@@ -58,7 +61,7 @@ class Watch:
     losses: tuple[str, ...] = ()
     """Keys of reported metrics; empty: those that are named like a loss."""
     every: int = 50
-    """Optimizer steps between two looks at the gradients; 0: none."""
+    """Optimizer steps between two looks at the gradients, at least; 0: none."""
     close_until: int = 0
     """Up to this step the gradients of each step are looked at and waited for: there an attempt before went wrong, and
     nobody knows at which batch."""
@@ -89,7 +92,8 @@ class Watching:
         self._fails = frozenset(map(Rule, watch.fails))
         self._guards = Guards(GuardRules(losses=watch.losses))
         looks = (watch.every or watch.close_until) and self._rules & {Rule.finite, Rule.gradients}
-        self._norms = GradientNorms(1 if watch.close_until else watch.every, where) if looks else None
+        every = 1 if watch.close_until else watch.every
+        self._norms = GradientNorms(every, where, GRADIENTS_PAUSE, clock.monotonic) if looks else None
         self._is_close = watch.close_until > 0
         self._trail: deque[_Trail] = deque(maxlen=REMEMBERED)
         self._own = GuardRules(losses=watch.losses)

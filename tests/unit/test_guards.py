@@ -144,6 +144,24 @@ def test_the_norm_of_all_gradients_is_taken_before_every_so_many_steps() -> None
     assert norms.take() == []
 
 
+def test_fast_steps_are_looked_at_no_more_often_than_slow_ones_unless_each_step_is() -> None:
+    def looked_at(every: int, step_time: float) -> list[float]:
+        clock = ManualClock()
+        weight = nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.0)
+        norms = GradientNorms(every=every, rest=0.25, now=clock.monotonic)
+        norms.watch(optimizer)
+        for factor in range(1, 14):
+            weight.grad = torch.full_like(weight, float(factor))
+            optimizer.step()
+            clock.advance(step_time)
+        return [each.norm for each in norms.take()]
+
+    assert looked_at(3, 0.0625) == [1.0, 7.0, 13.0], "0.375 s apart: the first third step after 0.25 s"
+    assert looked_at(3, 0.125) == [1.0, 4.0, 7.0, 10.0, 13.0]
+    assert looked_at(1, 0.0625) == [float(factor) for factor in range(1, 14)]
+
+
 def test_nothing_is_made_of_gradients_that_are_not_there_sparse_or_scaled() -> None:
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
