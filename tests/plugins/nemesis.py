@@ -85,7 +85,8 @@ LASTING = {
     "disk": (5.0, 20.0),
 }  # fmt: skip
 """Seconds that a fault lasts, by lot; the others are over at once."""
-SMALL_DISK = "192m"
+SMALL_DISKS = {"runs": "1g", "spools": "192m", "wal": "192m"}
+"""So small that they are full in a moment, so large that half an hour's runs do not fill them."""
 DISK_IS_SHARED = "failures.patterns=[{match: 'No space left on device', kind: service}]"
 """Of a user whose disk is full now and then: by default such a failure is not restarted."""
 SKEWS = ("-1d", "+1d")
@@ -201,8 +202,8 @@ class Kept:
         except Exception:
             self.journal.write("unknown", name=self.name)  # the database is what is broken just now
         if code not in (-signal.SIGKILL, 2):  # killed by us; refused, as while its lease runs
-            self.gave_up.append(f"{self.name}: driver ended with {code}: {self._said()}")
-            self.journal.write("ended", name=self.name, code=code, said=self._said())
+            self.gave_up.append(f"{self.name}: driver ended with {code}: {self._said(1_500)}")
+            self.journal.write("ended", name=self.name, code=code, said=self._said(20_000))
         self._again(self.again())
         return False
 
@@ -233,8 +234,9 @@ class Kept:
             return store.run(self.run).status
         return None
 
-    def _said(self) -> str:
-        return (self._marks() / "driver.log").read_text(errors="replace")[-1500:]
+    def _said(self, most: int) -> str:
+        """The end of it. A process that Ray's core aborts says why in front of thousands of characters of its stack."""
+        return (self._marks() / "driver.log").read_text(errors="replace")[-most:]
 
     def _marks(self) -> Path:
         return self.directory / self.run
@@ -882,7 +884,7 @@ def mount_disks(home: Path) -> None:
     home.mkdir(mode=0o711, exist_ok=True)
     for name in TARGETS["disk"]:
         (home / name).mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", str(home / name)]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISKS[name]}", "none", str(home / name)]
         subprocess.run(command, check=True, timeout=10)
 
 
