@@ -30,12 +30,6 @@ RAY_HEAD = {
     "RAY_worker_niceness": "0",
 }
 
-RAY_ROCKSDB = {
-    "RAY_gcs_storage": "rocksdb",
-    # A raylet that does not find its control store ends itself, and all that runs there, after 60 s by default.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-}
-
 NOT_FOR_RAY = (
     "RAY_ADDRESS",  # the head is the address; with it set, Ray's own processes connect to another cluster
     "RAY_API_SERVER_ADDRESS",
@@ -70,7 +64,7 @@ def of_ray_head(stack: Stack, metric_ports: tuple[int, int], tables: Path | None
     for name in NOT_FOR_RAY:
         environment.pop(name, None)
     if tables is not None:
-        environment |= {**RAY_ROCKSDB, "RAY_gcs_storage_path": str(tables)}
+        environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(tables)}
     return environment | {
         # `ray job submit -- python …` finds this installation, whether or not its environment is activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

@@ -212,8 +212,7 @@ def restart_control_store(stack: Stack, arguments: Sequence[str]) -> psutil.Proc
     """Starts the control store of a head that lost it, under what runs there, and gives back its process. `arguments`
     are its command line. None if there is no such head, or it does not come back.
 
-    Ray itself never starts it again. Raylet, actors and drivers wait for it, at its old address, for `RAY_ROCKSDB`'s
-    reconnect timeout.
+    Ray itself never starts it again. Raylet, actors and drivers wait for it, at its old address, for ten minutes.
     """
     home = Path(stack.home)
     found = core(home)

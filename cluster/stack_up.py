@@ -110,7 +110,7 @@ def up(home: Path, settings: StackSettings, progress: Progress, *, is_again: boo
         if errors:
             raise errors[0]
         if pieces.stack.ray_address:
-            _services(pieces, progress)
+            _services_of_a_living_head(pieces, wanted, progress)
         return pieces.stack
 
 
@@ -569,6 +569,25 @@ def _again_if_a_port_was_lost(start: Callable[[], Started], *, chosen: bool) -> 
     return start()
 
 
+def _services_of_a_living_head(pieces: Pieces, wanted: StackSettings, progress: Progress) -> None:
+    """The services, and where the head loses its control store meanwhile, that one first: what runs there waits for it,
+    and not for ever."""
+    for left in (2, 1, 0):
+        try:
+            _services(pieces, progress)
+            return
+        except ServiceUnavailable:
+            if not left or not _has_lost_its_store(pieces.stack):
+                raise
+        _ray(pieces, wanted, progress)
+
+
+def _has_lost_its_store(stack: Stack) -> bool:
+    """Whether the control store that we started is gone."""
+    entry = stack.processes.get("ray")
+    return entry is not None and processes.recorded(entry) is None
+
+
 def _services(pieces: Pieces, progress: Progress) -> None:
     """Our actors, see actors/bootstrap.py. Skipped when they live and were started with the same settings."""
     stack = pieces.stack
@@ -602,20 +621,25 @@ def _bootstrap(stack: Stack) -> list[str]:
     processes.rotate(log)
     command = [sys.executable, "-P", "-m", "actors.bootstrap", "--home", stack.home]
     variables = environment.of_client(stack) | {"PYTHONPATH": str(root)}
-    try:
-        with log.open("a") as said:
-            ended = subprocess.run(
-                command, env=variables, cwd=stack.home, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                timeout=BOOTSTRAP_TIMEOUT, check=False,
-            )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise ServiceUnavailable(
-            "services",
-            stack.ray_address,
-            f"they do not answer within {BOOTSTRAP_TIMEOUT} s.",
-            f"See {log} and `orc doctor`.",
-        ) from None
-    if ended.returncode != 0:
+    with log.open("a") as said:
+        starter = psutil.Popen(
+            command, env=variables, cwd=stack.home, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
+    deadline = time.monotonic() + BOOTSTRAP_TIMEOUT
+    why = ""
+    while not why:
+        try:
+            code = starter.wait(timeout=0.5)
+            break
+        except psutil.TimeoutExpired:
+            if _has_lost_its_store(stack):
+                why = "the head's control store ended while they were starting."
+            elif time.monotonic() > deadline:
+                why = f"they do not answer within {BOOTSTRAP_TIMEOUT} s."
+    if why:
+        processes.stop([starter], grace=1)
+        raise ServiceUnavailable("services", stack.ray_address, why, f"See {log} and `orc doctor`.")
+    if code != 0:
         raise ServiceUnavailable(
             "services",
             stack.ray_address,

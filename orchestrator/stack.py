@@ -424,6 +424,9 @@ class Stack:
                 # Ray's way of saying: one node, bind and connect to 127.0.0.1. By default it rewrites 127.0.0.1 to the
                 # host's address and listens everywhere. Head and clients must agree.
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                # The control store of such a head is started again under what runs. Raylets, workers and drivers that
+                # do not find it end themselves after 60 s by default.
+                "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
             }
         if self.mlflow_uri:
             environment["MLFLOW_TRACKING_URI"] = self.mlflow_uri

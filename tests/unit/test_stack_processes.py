@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -10,13 +11,16 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from cluster import environment, ports, processes, ray_head
-from orchestrator.errors import ConfigError
-from orchestrator.stack import Stack
+from cluster import environment, ports, processes, ray_head, stack_up
+from cluster.progress import Progress
+from orchestrator.errors import ConfigError, ServiceUnavailable
+from orchestrator.stack import Stack, StackSettings
 from tests.plugins.runs import wait_until
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -81,6 +85,31 @@ def test_a_raylet_of_another_node_on_this_host_is_none_of_the_head(tmp_path: Pat
         assert ray_head.core(home) == {"raylet": own}
     finally:
         processes.stop(started, grace=0)
+
+
+@pytest.mark.parametrize("losses", [0, 1, 2, 3])
+def test_a_control_store_that_is_lost_while_services_start_comes_first(
+    losses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def services(*_: object) -> None:
+        done.append("services")
+        if done.count("services") <= losses:
+            raise ServiceUnavailable("services", "here", "the control store ended.", "")
+
+    monkeypatch.setattr(stack_up, "_services", services)
+    monkeypatch.setattr(stack_up, "_ray", lambda *_: done.append("ray"))
+    gone = Stack(home="/h", processes={"ray": {"pid": 1, "started": 0.0}})
+    pieces: Any = SimpleNamespace(stack=gone)
+    with pytest.raises(ServiceUnavailable) if losses == 3 else contextlib.nullcontext():
+        stack_up._services_of_a_living_head(pieces, StackSettings(), Progress(sys.stderr))
+    assert done == ["services", *["ray", "services"] * min(losses, 2)]
+    pieces.stack = Stack(home="/h")  # a cluster of somebody else's
+    done.clear()
+    with pytest.raises(ServiceUnavailable) if losses else contextlib.nullcontext():
+        stack_up._services_of_a_living_head(pieces, StackSettings(), Progress(sys.stderr))
+    assert done == ["services"]
 
 
 def test_stopping_ends_what_ignores_sigterm(tmp_path: Path) -> None:

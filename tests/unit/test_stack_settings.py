@@ -112,6 +112,7 @@ def test_clients_of_our_head_authenticate_and_stay_on_loopback() -> None:
     assert environment["RAY_AUTH_TOKEN_PATH"] == "/h/ray_token"
     assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     assert environment["RAY_ADDRESS"] == "127.0.0.1:1"
+    assert environment["RAY_gcs_rpc_server_reconnect_timeout_s"] == "600", "its control store is started again"
 
 
 def test_clients_of_another_cluster_keep_their_own_authentication() -> None:
