@@ -7,6 +7,7 @@ next one finds what lives by that file, or by the mark in its environment, and d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fcntl
 import hashlib
@@ -19,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -276,7 +276,7 @@ def prepare(home: Path) -> None:
         ) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(home: Path, progress: Progress) -> Iterator[None]:
     """One `up` or `down` per data directory at a time; the others wait."""
     descriptor = os.open(home / "up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -625,19 +625,19 @@ def _bootstrap(stack: Stack) -> list[str]:
         starter = psutil.Popen(
             command, env=variables, cwd=stack.home, stdin=subprocess.DEVNULL, stdout=said, stderr=said
         )
-    deadline = time.monotonic() + BOOTSTRAP_TIMEOUT
-    why = ""
-    while not why:
-        try:
-            code = starter.wait(timeout=0.5)
-            break
-        except psutil.TimeoutExpired:
-            if _has_lost_its_store(stack):
+    deadline, code, why = time.monotonic() + BOOTSTRAP_TIMEOUT, None, ""
+    try:
+        while code is None and not why:
+            with contextlib.suppress(psutil.TimeoutExpired):
+                code = starter.wait(timeout=0.5)
+            if code is None and _has_lost_its_store(stack):
                 why = "the head's control store ended while they were starting."
-            elif time.monotonic() > deadline:
+            elif code is None and time.monotonic() > deadline:
                 why = f"they do not answer within {BOOTSTRAP_TIMEOUT} s."
+    finally:
+        if code is None:
+            processes.stop([starter], grace=1)
     if why:
-        processes.stop([starter], grace=1)
         raise ServiceUnavailable("services", stack.ray_address, why, f"See {log} and `orc doctor`.")
     if code != 0:
         raise ServiceUnavailable(

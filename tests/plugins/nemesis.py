@@ -508,6 +508,8 @@ class World:
         if self._up is not None and self._up.poll() is not None:
             self.journal.write("up", code=self._up.returncode)
             self._wants_up |= self._up.returncode != 0
+            if self._up.returncode == 0 and self.second is not None and "second node" not in self.held():
+                self.second.start_if_dead()  # where the head had to be replaced, its nodes went with it
             self._up = None
         if self._wants_up and self._up is None:
             self._wants_up = False
